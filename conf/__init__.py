@@ -1,0 +1,1 @@
+"""Configuration values as YAML, one folder a group; no logic lives here."""

@@ -1,0 +1,387 @@
+"""The report's chart as plain plotly JSON: loss, gradient norm, rate, throughput, data wait.
+
+Owns what is drawn and how it is thinned. Refuses colours (every colour is a token such as "@bad"
+that the page replaces for light or dark) and refuses to import plotly: the figure is data. Called
+by `report` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from monitoring.incidents import SPIKE_VERDICTS
+from monitoring.records import Record, RunRecords, integer, number
+from monitoring.survival import survivors, thrown_away
+from monitoring.ticks import log_ticks
+
+MAX_POINTS = 5_000
+HEIGHT_PIXELS = 1040
+
+_PANELS: Sequence[tuple[str, str, float, float]] = (
+    ("y", "loss (nats)", 0.555, 1.0),
+    ("y2", "gradient norm", 0.42, 0.515),
+    ("y3", "learning rate", 0.28, 0.375),
+    ("y4", "tokens per second", 0.14, 0.235),
+    ("y5", "data wait (ms per step)", 0.0, 0.095),
+)
+_CLIP_FACTOR = 3.0
+_LOG_RATIO = 3.0
+_MAX_LONG_LABELS = 8
+_MAX_DOTTED_POINTS = 60
+
+Trace = dict[str, object]
+
+_RESTART_LABEL: Mapping[str, object] = {
+    "text": "restart",
+    "textposition": "end",
+    "textangle": 0,
+    "xanchor": "left",
+    "yanchor": "top",
+    "font": {"size": 11, "color": "@muted"},
+}
+
+
+def build_figure(run: RunRecords) -> dict[str, object]:
+    """The figure as JSON-ready `data` and `layout`; empty panels where nothing was recorded."""
+    curve = run.curve
+    lives = survivors(curve, run.events)
+    losses = [number(record, "loss_nats") for record in curve]
+    axis = _LossAxis(curve, lives)
+    chosen = decimate(losses, MAX_POINTS)
+    picked = [curve[index] for index in chosen]
+    traces = [
+        *_loss_traces(picked, [lives[index] for index in chosen]),
+        *_evaluation_traces(run, axis),
+        *_spike_traces(curve, axis),
+        *_series(curve, "grad_norm", "y2", "gradient norm", "@second"),
+        *_vetoed_traces(curve),
+        *_series(curve, "lr", "y3", "learning rate", "@third"),
+        *_series(curve, "tokens_per_second", "y4", "tokens/s", "@good"),
+        *_series(curve, "data_seconds", "y5", "data wait", "@muted", scale=1e3),
+    ]
+    shapes, annotations = _rewind_marks(curve, run.events)
+    shapes += _restart_marks(run.events)
+    shapes += [_shade(first, last) for first, last in thrown_away(curve, lives)]
+    layout = _layout(axis) | _norm_axis(curve)
+    layout["shapes"] = shapes
+    layout["annotations"] = _titles() + annotations
+    return {"data": traces, "layout": layout}
+
+
+def decimate(values: Sequence[float | None], limit: int) -> list[int]:
+    """Indices of at most `limit` points that keep the ends and every bucket's lowest and highest.
+
+    A bucket of Nones alone keeps its first, so that a gap stays a gap.
+    """
+    count = len(values)
+    if count <= limit:
+        return list(range(count))
+    num_buckets = max(1, (limit - 2) // 2)
+    chosen = {0, count - 1}
+    for bucket in range(num_buckets):
+        start = bucket * count // num_buckets
+        stop = (bucket + 1) * count // num_buckets
+        known = [
+            (value, index) for index in range(start, stop) if (value := values[index]) is not None
+        ]
+        chosen |= {min(known)[1], max(known)[1]} if known else {start}
+    return sorted(chosen)
+
+
+class _LossAxis:
+    """The loss axis: logarithmic where the loss spans a wide range, clipped above a spike."""
+
+    def __init__(self, curve: Sequence[Record], lives: Sequence[bool]) -> None:
+        calm: list[float] = []
+        values: list[float] = []
+        for record, is_alive in zip(curve, lives, strict=True):
+            loss = number(record, "loss_nats")
+            if loss is None:
+                continue
+            values.append(loss)
+            if is_alive and record.get("verdict") not in SPIKE_VERDICTS:
+                calm.append(loss)
+        lowest = min(values, default=0.0)
+        calm_top = max(calm, default=max(values, default=1.0))
+        highest = max(values, default=1.0)
+        self.top = highest if calm_top <= 0 else min(highest, calm_top * _CLIP_FACTOR)
+        self.is_log = lowest > 0 and self.top / lowest >= _LOG_RATIO
+        if self.is_log:
+            bottom, top = math.log10(lowest), math.log10(self.top)
+        else:
+            bottom, top = lowest, self.top
+        margin = (top - bottom) * 0.06 or abs(top) * 0.1 or 1.0
+        self.range = [_rounded(bottom - margin), _rounded(top + margin)]
+
+    def clip(self, loss: float | None) -> float:
+        """Where to draw a marker: a loss above the axis, or not finite, sits on its top edge."""
+        return self.top if loss is None else min(loss, self.top)
+
+
+def _loss_traces(records: Sequence[Record], lives: Sequence[bool]) -> list[Trace]:
+    clocks = [integer(record, "clock") for record in records]
+    losses = [_rounded_or_none(number(record, "loss_nats")) for record in records]
+    steps = [integer(record, "step") for record in records]
+    kept = [loss if alive else None for loss, alive in zip(losses, lives, strict=True)]
+    # A thrown-away piece also gets the point before it, so that it leaves the curve without a gap.
+    touches = [not alive for alive in lives]
+    joined = [touch or touches[index + 1] for index, touch in enumerate(touches[:-1])]
+    joined += touches[-1:]
+    lost = [loss if touch else None for loss, touch in zip(losses, joined, strict=True)]
+    common: Trace = {
+        "x": clocks,
+        "customdata": steps,
+        "yaxis": "y",
+        "mode": _mode(len(records)),
+        "hovertemplate": "%{y:.4f} at step %{customdata}",
+    }
+    traces: list[Trace] = [
+        {**common, "name": "loss", "y": kept, "line": {"color": "@accent", "width": 1.6}}
+    ]
+    if any(touches):
+        line = {"color": "@lost", "width": 1.3}
+        traces.insert(0, {**common, "name": "thrown away", "y": lost, "line": line})
+    return traces
+
+
+def _evaluation_traces(run: RunRecords, axis: _LossAxis) -> list[Trace]:
+    found = [
+        (integer(event, "clock"), axis.clip(loss))
+        for event in run.events
+        if event.get("kind") == "evaluation" and (loss := number(event, "loss_nats")) is not None
+    ]
+    if not found:
+        return []
+    marker = {"color": "@panel", "size": 8, "line": {"color": "@good", "width": 2}}
+    return [_markers("validation loss", "y", found, marker, "%{y:.4f}")]
+
+
+def _spike_traces(curve: Sequence[Record], axis: _LossAxis) -> list[Trace]:
+    bad = [record for record in curve if record.get("verdict") in SPIKE_VERDICTS]
+    bad = _thin(bad)
+    if not bad:
+        return []
+    found = [
+        (integer(record, "clock"), _rounded(axis.clip(number(record, "loss_nats"))))
+        for record in bad
+    ]
+    trace = _markers("spike", "y", found, {"color": "@bad", "size": 9, "symbol": "x"}, "%{text}")
+    trace["text"] = [_describe(record) for record in bad]
+    return [trace]
+
+
+def _vetoed_traces(curve: Sequence[Record]) -> list[Trace]:
+    vetoed = [record for record in curve if record.get("update") == "vetoed"]
+    found = [
+        (integer(record, "clock"), _rounded(norm))
+        for record in _thin(vetoed)
+        if (norm := number(record, "grad_norm")) is not None
+    ]
+    if not found:
+        return []
+    marker = {"color": "@panel", "size": 7, "line": {"color": "@bad", "width": 1.5}}
+    return [_markers("vetoed update", "y2", found, marker, "%{y:.3g}")]
+
+
+def _series(
+    curve: Sequence[Record], key: str, axis: str, name: str, color: str, scale: float = 1.0
+) -> list[Trace]:
+    raw = [number(record, key) for record in curve]
+    chosen = decimate(raw, MAX_POINTS)
+    values = [
+        None if (value := raw[index]) is None else _rounded(value * scale) for index in chosen
+    ]
+    return [
+        {
+            "x": [integer(curve[index], "clock") for index in chosen],
+            "y": values,
+            "yaxis": axis,
+            "name": name,
+            "mode": _mode(len(chosen)),
+            "line": {"color": color, "width": 1.3},
+            "hovertemplate": "%{y:.4g}",
+            "showlegend": False,
+        }
+    ]
+
+
+def _markers(
+    name: str,
+    axis: str,
+    points: Sequence[tuple[int | None, float]],
+    marker: Mapping[str, object],
+    hover: str,
+) -> Trace:
+    return {
+        "x": [clock for clock, _ in points],
+        "y": [value for _, value in points],
+        "yaxis": axis,
+        "name": name,
+        "mode": "markers",
+        "marker": dict(marker),
+        "hovertemplate": hover,
+    }
+
+
+def _rewind_marks(
+    curve: Sequence[Record], events: Sequence[Record]
+) -> tuple[list[Trace], list[Trace]]:
+    last_clock = (integer(curve[-1], "clock") if curve else None) or 1
+    rewinds = [event for event in events if event.get("kind") == "rewind"]
+    is_short = len(rewinds) > _MAX_LONG_LABELS
+    shapes: list[Trace] = []
+    annotations: list[Trace] = []
+    for order, event in enumerate(rewinds):
+        clock = integer(event, "clock")
+        if clock is None:
+            continue
+        line = {"color": "@bad", "width": 1, "dash": "dot"}
+        shapes.append(_vertical(clock, clock) | {"type": "line", "line": line})
+        label = f"#{integer(event, 'incident')}" if "incident" in event else "rewind"
+        if not is_short:
+            label += f"  step {integer(event, 'from_step')} \u2192 {integer(event, 'to_step')}"
+        annotations.append(
+            {
+                "x": clock,
+                "y": 0.985 - 0.075 * (order % 3),
+                "xref": "x",
+                "yref": "y domain",
+                "text": label,
+                "showarrow": False,
+                "xanchor": "left" if clock < 0.72 * last_clock else "right",
+                "yanchor": "top",
+                "xshift": 4 if clock < 0.72 * last_clock else -4,
+                "font": {"size": 11, "color": "@bad"},
+                "bgcolor": "@panel",
+            }
+        )
+    return shapes, annotations
+
+
+def _restart_marks(events: Sequence[Record]) -> list[Trace]:
+    starts = [event for event in events if event.get("kind") == "run_start"]
+    line = {"color": "@muted", "width": 1, "dash": "dash"}
+    return [
+        _vertical(clock, clock) | {"type": "line", "line": line, "label": _RESTART_LABEL}
+        for event in starts[1:]
+        if (clock := integer(event, "clock")) is not None
+    ]
+
+
+def _shade(first: int, last: int) -> Trace:
+    return _vertical(first - 0.5, last + 0.5) | {
+        "type": "rect",
+        "fillcolor": "@shade",
+        "line": {"width": 0},
+        "layer": "below",
+    }
+
+
+def _vertical(start: float, stop: float) -> Trace:
+    return {"x0": start, "x1": stop, "y0": 0, "y1": 1, "xref": "x", "yref": "paper"}
+
+
+def _titles() -> list[Trace]:
+    return [
+        {
+            "text": f"<b>{title}</b>",
+            "x": 0,
+            "y": 1,
+            "xref": "paper",
+            "yref": f"{axis} domain",
+            "xanchor": "left",
+            "yanchor": "bottom",
+            "yshift": 3,
+            "showarrow": False,
+            "font": {"size": 12, "color": "@ink"},
+        }
+        for axis, title, _, _ in _PANELS
+    ]
+
+
+def _layout(axis: _LossAxis) -> dict[str, object]:
+    grid = _grid()
+    layout: dict[str, object] = {
+        "height": HEIGHT_PIXELS,
+        "margin": {"l": 58, "r": 14, "t": 44, "b": 52},
+        "paper_bgcolor": "@panel",
+        "plot_bgcolor": "@panel",
+        "font": {"family": "system-ui, sans-serif", "color": "@ink"},
+        "hovermode": "x unified",
+        "hoversubplots": "axis",
+        "hoverlabel": {"bgcolor": "@panel", "bordercolor": "@grid", "font": {"color": "@ink"}},
+        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.002, "yanchor": "bottom"},
+        "xaxis": grid
+        | {
+            "title": {
+                "text": "clock (updates executed)",
+                "font": {"size": 12, "color": "@muted"},
+                "standoff": 8,
+            },
+            "anchor": "y5",
+        },
+    }
+    for key, _, bottom, top in _PANELS:
+        name = key.replace("y", "yaxis")
+        layout[name] = grid | {"domain": [bottom, top], "rangemode": "tozero", "nticks": 5}
+    layout["yaxis3"] = grid | {
+        "domain": list(_PANELS[2][2:]),
+        "rangemode": "tozero",
+        "nticks": 4,
+        "exponentformat": "e",
+    }
+    loss: Trace = {"domain": list(_PANELS[0][2:]), "range": axis.range, "autorange": False}
+    layout["yaxis"] = grid | loss | (_log(axis.range) if axis.is_log else {})
+    return layout
+
+
+def _norm_axis(curve: Sequence[Record]) -> dict[str, object]:
+    """A logarithmic axis for the gradient norm, where every norm is positive."""
+    norms = [value for record in curve if (value := number(record, "grad_norm")) is not None]
+    if not norms or min(norms) <= 0:
+        return {}
+    low, high = math.log10(min(norms)), math.log10(max(norms))
+    margin = 0.08 * (high - low) or 0.1
+    extent = [_rounded(low - margin), _rounded(high + margin)]
+    panel: Trace = {"domain": list(_PANELS[1][2:]), "range": extent, "autorange": False}
+    return {"yaxis2": _grid() | panel | _log(extent)}
+
+
+def _log(extent: Sequence[float]) -> Trace:
+    ticks = log_ticks(extent[0], extent[1])
+    labels = [f"{tick:,g}" for tick in ticks]
+    return {"type": "log", "tickmode": "array", "tickvals": ticks, "ticktext": labels}
+
+
+def _grid() -> Trace:
+    return {
+        "gridcolor": "@grid",
+        "zeroline": False,
+        "linecolor": "@grid",
+        "tickfont": {"size": 11, "color": "@muted"},
+        "exponentformat": "SI",
+    }
+
+
+def _describe(record: Record) -> str:
+    loss = number(record, "loss_nats")
+    text = "not finite" if loss is None else f"{loss:.4g}"
+    return f"{text} ({record.get('verdict')}, step {integer(record, 'step')})"
+
+
+def _thin(records: Sequence[Record]) -> list[Record]:
+    stride = max(1, math.ceil(len(records) / MAX_POINTS))
+    return list(records[::stride])
+
+
+def _mode(num_points: int) -> str:
+    return "lines+markers" if num_points <= _MAX_DOTTED_POINTS else "lines"
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _rounded_or_none(value: float | None) -> float | None:
+    return None if value is None else _rounded(value)

@@ -1,0 +1,193 @@
+"""The report of a run: one HTML file that needs nothing else, written from the run folder alone.
+
+Owns the page's content and the atomic write. Refuses the network: the chart library is inlined.
+Called at the end of a run on rank 0, and by the CLI at any time, on an unfinished run too.
+`write_comparison` (several runs in one picture) lives in `comparison` and is offered here as well.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+
+from monitoring.atomic import write_text_atomically
+from monitoring.comparison import Curve, write_comparison
+from monitoring.figure import build_figure
+from monitoring.goodput import Goodput, compute_goodput
+from monitoring.incidents import collect_incidents, short_count, sum_up
+from monitoring.records import Record, RunRecords, integer, number, read_run, sample_range
+
+__all__ = ["REPORT_FILE", "Curve", "write_comparison", "write_report"]
+
+REPORT_FILE = "report.html"
+_TEMPLATE = "report.html.j2"
+
+
+def write_report(folder: Path, output: Path | None = None) -> Path:
+    """Write the report of a run folder, finished or not, and return its path.
+
+    The default output is `<folder>/report.html`; a reader sees the old file or the whole new one.
+
+    Raises:
+        UnreadableRecordsError: the folder does not exist or a file in it cannot be read.
+        OSError: the output cannot be written.
+    """
+    import jinja2
+    import plotly.offline
+    from markupsafe import Markup
+
+    run = read_run(folder)
+    output = output if output is not None else folder / REPORT_FILE
+    template_text = resources.files("monitoring").joinpath(_TEMPLATE).read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(template_text).render(
+        **page_content(run),
+        plotly_js=Markup(plotly.offline.get_plotlyjs()),
+    )
+    write_text_atomically(output, page)
+    return output
+
+
+def page_content(run: RunRecords) -> dict[str, object]:
+    """Everything the template shows, as plain values."""
+    incidents = collect_incidents(run)
+    goodput = compute_goodput(run.metrics, run.events)
+    return {
+        "name": run.name,
+        "run_id": run.run_id,
+        "created_utc": run.created_utc[:19].replace("T", " "),
+        "verdict": sum_up(run, incidents, goodput),
+        "facts": _facts(run, goodput),
+        "figure": build_figure(run),
+        "has_metrics": bool(run.metrics),
+        "incidents": [_incident_row(row) for row in incidents],
+        "goodput_rows": _goodput_rows(goodput),
+        "wall": duration(goodput.wall_seconds),
+        "checkpoints": _checkpoint_rows(run),
+        "config_yaml": run.config_yaml,
+        "num_skipped_lines": run.num_skipped_lines,
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: `0.4 s`, `12 s`, `3 min 20 s`, `5 h 02 min`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
+
+
+def _facts(run: RunRecords, goodput: Goodput) -> list[tuple[str, str]]:
+    curve = run.curve
+    last: Record = curve[-1] if curve else {}
+    losses = [loss for record in curve if (loss := number(record, "loss_nats")) is not None]
+    final_loss = _first(number(run.summary, "final_loss_nats"), losses[-1] if losses else None)
+    tokens = _first(number(run.summary, "tokens_seen"), number(last, "tokens_seen"))
+    speed = number(run.summary, "tokens_per_second")
+    if speed is None:
+        speeds = sorted(filter(None, (number(record, "tokens_per_second") for record in curve)))
+        speed = speeds[len(speeds) // 2] if speeds else None
+    validation_loss = number(run.summary, "validation_loss_nats")
+    vetoed = sum(record.get("update") == "vetoed" for record in curve)
+    facts = [
+        ("final loss", "\u2013" if final_loss is None else f"{final_loss:.4f}"),
+        ("validation loss", "" if validation_loss is None else f"{validation_loss:.4f}"),
+        ("tokens", "\u2013" if tokens is None else short_count(tokens)),
+        ("tokens per second", "\u2013" if speed is None else short_count(speed)),
+        ("vetoed updates", str(vetoed) if vetoed else ""),
+        ("wall time", duration(goodput.wall_seconds)),
+        ("goodput", f"{goodput.goodput:.1%}"),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _incident_row(row: Record) -> Mapping[str, object]:
+    skip = sample_range(row)
+    seconds = number(row, "seconds")
+    target = row.get("target_checkpoint") or row.get("target_step") or row.get("to_step")
+    return {
+        "id": row["incident"],
+        "step": _text(row.get("detected_step", row.get("from_step"))),
+        "verdict": _text(row.get("verdict")),
+        "target": Path(str(target)).name if target is not None else "\u2013",
+        "skip": f"[{skip[0]:,}, {skip[1]:,})" if skip else "\u2013",
+        "num_samples": f"{integer(row, 'num_skipped_samples') or 0:,}",
+        "reason": _text(row.get("reason")),
+        "seconds": "\u2013" if seconds is None else f"{seconds:.2f} s",
+        "is_done": bool(row.get("is_done")),
+    }
+
+
+def _goodput_rows(goodput: Goodput) -> list[Mapping[str, object]]:
+    return [
+        {
+            "name": name.replace("_", " "),
+            "css": name,
+            "seconds": duration(seconds),
+            "percent": f"{100 * share:.2f}",
+            "label": f"{share:.1%}",
+        }
+        for name, seconds, share in goodput.as_table()
+    ]
+
+
+def _checkpoint_rows(run: RunRecords) -> list[Mapping[str, object]]:
+    promoted = {
+        integer(event, "step") for event in run.events if event.get("kind") == "checkpoint_promoted"
+    }
+    quarantined: set[str] = set()
+    for entry in run.journal:
+        names = entry.get("quarantine")
+        if isinstance(names, list):
+            quarantined.update(Path(str(name)).name for name in names)
+    rows: list[Mapping[str, object]] = []
+    for event in run.events:
+        if event.get("kind") not in ("checkpoint_saved", "checkpoint_failed"):
+            continue
+        name = Path(str(event.get("path") or "")).name
+        health = "good" if integer(event, "step") in promoted else "candidate"
+        health = "quarantined" if name and name in quarantined else health
+        num_bytes, seconds = number(event, "bytes"), number(event, "seconds")
+        rows.append(
+            {
+                "step": _text(integer(event, "step")),
+                "name": name or "\u2013",
+                "health": "failed" if event.get("kind") == "checkpoint_failed" else health,
+                "reason": _text(event.get("reason"), ""),
+                "bytes": "\u2013" if num_bytes is None else _size(num_bytes),
+                "seconds": "\u2013" if seconds is None else f"{seconds:.2f} s",
+                "time": _utc(number(event, "time")),
+            }
+        )
+    return rows
+
+
+def _size(num_bytes: float) -> str:
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{num_bytes / limit:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def _text(value: object, missing: str = "\u2013") -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return missing if value is None or value == "" else str(value)
+
+
+def _utc(time: float | None) -> str:
+    if time is None:
+        return "\u2013"
+    return datetime.datetime.fromtimestamp(time, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")

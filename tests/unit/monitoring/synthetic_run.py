@@ -1,0 +1,142 @@
+"""A synthetic run folder: a spike with a rewind, a crash with a restart, and a torn line."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+Json = dict[str, object]
+
+START = 1_790_000_000.0
+
+
+@dataclass
+class RunScript:
+    """Writes a run step by step on a fake clock; every second is accounted for in `spent`."""
+
+    folder: Path
+    num_steps: int = 400
+    time: float = START
+    clock: int = 0
+    step: int = 0
+    cursor: int = 0
+    attempt: int = 0
+    metrics: list[Json] = field(default_factory=list)
+    events: list[Json] = field(default_factory=list)
+    journal: list[Json] = field(default_factory=list)
+    spent: dict[str, float] = field(default_factory=dict)
+    noise: random.Random = field(default_factory=lambda: random.Random(7))
+
+    def spend(self, name: str, seconds: float) -> None:
+        self.time += seconds
+        self.spent[name] = self.spent.get(name, 0.0) + seconds
+
+    def event(self, kind: str, **more: object) -> None:
+        common = {"time": self.time, "kind": kind, "attempt": self.attempt}
+        self.events.append({**common, "clock": self.clock, "step": self.step, **more})
+
+    def start(self) -> None:
+        began = self.time
+        self.spend("startup", 12.0)
+        self.event("run_start", process_start_time=began, world_size=2, engine="ddp", host="n1")
+
+    def train(self, count: int, verdict: str = "ok", kept: bool = True, bump: float = 0.0) -> None:
+        for _ in range(count):
+            self.clock, self.step, self.cursor = self.clock + 1, self.step + 1, self.cursor + 8
+            self.spend("data_wait", 0.01)
+            self.spend("training" if kept else "recomputed", 0.25)
+            loss: float | None = 3.1 + 7.7 * math.exp(-self.step / 55) + self.noise.gauss(0, 0.05)
+            loss = loss + bump * (0.5 + self.noise.random()) if loss is not None else None
+            self.metrics.append(
+                {
+                    "clock": self.clock,
+                    "step": self.step,
+                    "cursor": self.cursor,
+                    "tokens_seen": self.clock * 8 * 1024,
+                    "batch_samples": 8,
+                    "loss_nats": None if verdict == "nonfinite" else loss,
+                    "grad_norm": 0.9 + abs(self.noise.gauss(0, 0.2)) + 4 * bump,
+                    "is_finite": verdict != "nonfinite",
+                    "lr": 3e-4 * min(1.0, self.step / 40) * (1 - 0.6 * self.step / self.num_steps),
+                    "update": "vetoed" if verdict in ("nonfinite",) else "applied",
+                    "step_seconds": 0.25,
+                    "data_seconds": 0.01,
+                    "tokens_per_second": 8 * 1024 / 0.26 * self.noise.uniform(0.97, 1.01),
+                    "mfu": 0.41,
+                    "verdict": "warming_up" if self.step < 20 and verdict == "ok" else verdict,
+                    "time": self.time,
+                    "attempt": self.attempt,
+                }
+            )
+
+    def save(self) -> None:
+        self.spend("checkpoint", 0.8)
+        path = f"checkpoints/step_{self.step:08d}"
+        self.event("checkpoint_saved", seconds=0.8, bytes=1_540_000_000, path=path)
+
+    def rewind(self, incident: int, to_step: int, skip: list[int]) -> None:
+        from_step = self.step
+        self.spend("rewind", 2.4)
+        reason = f"loss 14.2 is 38 deviations above the baseline of 5.1; going back to {to_step}"
+        self.event(
+            "rewind", seconds=2.4, incident=incident, from_step=from_step, to_step=to_step,
+            from_clock=self.clock, skip=skip, reason=reason,
+        )  # fmt: skip
+        for phase in ("intent", "done"):
+            self.journal.append(
+                {
+                    "incident": incident, "phase": phase, "time": "2026-09-21T10:00:00Z",
+                    "rule": "rewind_and_skip", "reason": reason, "verdict": "spike",
+                    "onset_step": from_step - 3, "detected_step": from_step,
+                    "detected_clock": self.clock, "target_step": to_step,
+                    "target_checkpoint": f"step_{to_step:08d}", "skip": skip,
+                    "quarantine": [f"step_{to_step + 50:08d}"], "clock": self.clock, "crc": "0",
+                }
+            )  # fmt: skip
+        self.step, self.cursor = to_step, skip[1]
+
+    def crash(self, back_to_step: int) -> None:
+        self.spend("restart", 30.0)
+        self.clock -= self.step - back_to_step
+        self.step = back_to_step
+        self.attempt += 1
+
+    def write(self, name: str = "falcon_like", summary: Json | None = None) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        identity = {"run_id": "a1b2c3d4", "name": name, "created_utc": "2026-09-21T09:46:40Z"}
+        (self.folder / "run.json").write_text(json.dumps(identity))
+        (self.folder / "config.yaml").write_text(f"name: {name}\noptim:\n  lr: 0.0003\n")
+        for stem in ("metrics", "events", "journal"):
+            lines = [json.dumps(record) + "\n" for record in getattr(self, stem)]
+            (self.folder / f"{stem}.jsonl").write_text("".join(lines))
+        if summary is not None:
+            (self.folder / "summary.json").write_text(json.dumps(summary))
+        return self.folder
+
+
+def play_recovered_run(script: RunScript) -> None:
+    """400 steps: a spike at 184 that a rewind to 150 heals, a crash at 300, and an evaluation."""
+    script.start()
+    script.train(100)
+    script.save()
+    script.train(50)
+    script.save()
+    script.event("checkpoint_promoted")
+    script.train(30, kept=False)
+    script.train(4, verdict="spike", kept=False, bump=14.0)
+    script.rewind(1, to_step=150, skip=[1440, 1504])
+    script.train(100)
+    script.save()
+    script.train(40, kept=False)
+    script.crash(back_to_step=250)
+    script.start()
+    script.train(30)
+    script.train(1, verdict="nonfinite", kept=False)
+    script.train(119)
+    script.spend("evaluation", 5.0)
+    script.event("evaluation", seconds=5.0, loss_nats=3.22)
+    script.save()
+    script.event("run_end", reason="completed")

@@ -1,0 +1,1 @@
+"""Training: config, loop, engines, data, checkpoints and spike recovery."""

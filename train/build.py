@@ -1,0 +1,241 @@
+"""The sole composition root: from a config to a running run.
+
+Called by `main.py` on every rank of a job. Everything that one part needs of another is handed
+over here; no part looks for it by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from monitoring.console import ConsoleProgress
+from monitoring.trackers import build_trackers
+from train.callbacks.checkpointing import Checkpointing
+from train.callbacks.spike_detection import SpikeDetection
+from train.callbacks.spike_recovery import SpikeRecovery
+from train.callbacks.tracking import Telemetry, Tracking
+from train.checkpoint.store import CheckpointStore
+from train.data.corpus import prepare
+from train.data.ledger import SkipLedger
+from train.data.order import SampleOrder
+from train.data.store import CorpusInfo, TokenStore
+from train.data.stream import OrderedSource, PoisonedSource, SampleSource, SampleStream
+from train.distributed import World, join_world
+from train.engines.base import Engine
+from train.engines.build import build_engine
+from train.errors import ConfigError, RunFolderError, StoppedByPolicy
+from train.events import Callback, Events, RunStart
+from train.loop import Ending, Run, train
+from train.models.decoder import flops_per_token
+from train.recovery.journal import Journal
+from train.recovery.rewind import Rewinder
+from train.run_folder import RunFolder, open_folder
+from train.schedule import Schedule
+from train.settings import ChaosKind, RunConfig
+from train.state import TrainState
+from train.throughput import peak_flops
+
+logger = logging.getLogger(__name__)
+
+
+def execute(
+    config: RunConfig, node: Mapping[str, Any], *, job_name: str, process_start_time: float
+) -> None:
+    """Run one job from its first to its last step, or from where it was left.
+
+    `node`: the resolved config as plain containers, for the run folder. Called on all ranks.
+    Raises: TrimtabError; StoppedByPolicy if recovery gave up.
+    """
+    corpus = prepare(config.data, config.tokenizer)
+    if corpus.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            [
+                f"model.vocab_size={config.model.vocab_size} is smaller than the tokenizer's "
+                f"{corpus.vocab_size}; set model.vocab_size={corpus.vocab_size}"
+            ]
+        )
+    store = TokenStore(
+        corpus,
+        sequence_length=config.data.sequence_length,
+        validation_samples=config.data.validation_samples,
+    )
+    torch.use_deterministic_algorithms(config.run.is_deterministic)
+    with join_world(config.engine, job_name=job_name) as world:
+        folder = _open_folder(config, node, corpus, world)
+        run = _assemble(config, node, world, folder, store, process_start_time)
+        try:
+            _start_and_train(config, world, run, store)
+        finally:
+            run.events.close()
+
+
+def _open_folder(
+    config: RunConfig, node: Mapping[str, Any], corpus: CorpusInfo, world: World
+) -> RunFolder:
+    """Open the run folder on rank 0 and tell the others. A collective."""
+    answer: RunFolder | RunFolderError | None = None
+    if world.is_main:
+        try:
+            answer = open_folder(
+                Path(config.run.dir) / config.run.name,
+                config.run.name,
+                node,
+                overwrite=config.run.overwrite,
+                data_digest=corpus.digest,
+            )
+        except RunFolderError as error:
+            answer = error
+        except OSError as error:
+            path = Path(config.run.dir) / config.run.name
+            answer = RunFolderError([f"run.dir: {path} cannot be written ({error.strerror})"])
+    problems = world.broadcast(answer.problems if isinstance(answer, RunFolderError) else None)
+    if problems:
+        raise RunFolderError(problems)
+    folder = world.broadcast(answer)
+    assert isinstance(folder, RunFolder)
+    return folder
+
+
+def _assemble(
+    config: RunConfig,
+    node: Mapping[str, Any],
+    world: World,
+    folder: RunFolder,
+    store: TokenStore,
+    process_start_time: float,
+) -> Run:
+    """Put all parts together. A collective (engines are)."""
+    schedule = Schedule(config.schedule, peak_lr=config.optim.lr, num_steps=config.run.steps)
+    engine = build_engine(config, world)
+    checkpoints = CheckpointStore(folder.checkpoints, world, keep_good=config.checkpoint.keep_good)
+    checkpoints.open()
+    ledger = SkipLedger()
+    stream = SampleStream(
+        _source(config, store, schedule), ledger, rank=world.rank, num_ranks=world.size
+    )
+    makers = {
+        "spike_detection": lambda: SpikeDetection(config.recovery),
+        "spike_recovery": lambda: SpikeRecovery(
+            config.recovery, checkpoints, schedule, config.data.sequence_length
+        ),
+        "checkpointing": lambda: Checkpointing(config.checkpoint, checkpoints),
+        "tracking": lambda: _tracking(config, node, world, folder, engine, process_start_time),
+    }
+    callbacks: list[Callback] = [
+        makers[name]() for name in config.callbacks.names if name != "tracking" or world.is_main
+    ]
+    events = Events(callbacks, is_main=world.is_main)
+    logger.info("callbacks in order: %s", events.describe())
+    rewinder = Rewinder(
+        store=checkpoints,
+        journal=Journal(folder.journal),
+        ledger=ledger,
+        engine=engine,
+        events=events,
+        world=world,
+    )
+    return Run(
+        engine=engine,
+        data=stream,
+        schedule=schedule,
+        events=events,
+        store=checkpoints,
+        rewinder=rewinder,
+        last_step=config.run.steps,
+        saves_at_start=config.checkpoint.save_at_start,
+        saves_at_end=config.checkpoint.save_at_end,
+    )
+
+
+def _source(config: RunConfig, store: TokenStore, schedule: Schedule) -> SampleSource:
+    """Return the samples in order, with the fault that the config puts in, if any."""
+    order = SampleOrder(num_samples=store.num_samples, seed=config.run.seed)
+    source: SampleSource = OrderedSource(store, order)
+    if config.chaos.kind is ChaosKind.BAD_DATA:
+        length = config.data.sequence_length
+        start = schedule.amount_in_samples(config.chaos.start, from_step=0, sequence_length=length)
+        count = schedule.amount_in_samples(
+            config.chaos.length, from_step=config.chaos.start.value, sequence_length=length
+        )
+        source = PoisonedSource(
+            source,
+            start=start,
+            stop=start + count,
+            vocab_size=config.model.vocab_size,
+            seed=config.run.seed,
+        )
+    return source
+
+
+def _tracking(
+    config: RunConfig,
+    node: Mapping[str, Any],
+    world: World,
+    folder: RunFolder,
+    engine: Engine,
+    process_start_time: float,
+) -> Tracking:
+    telemetry = Telemetry(
+        folder=folder.path,
+        run_id=folder.run_id,
+        attempt=folder.attempt,
+        process_start_time=process_start_time,
+        world_size=world.size,
+        engine=engine.name,
+        host=socket.gethostname(),
+        config=node,
+        flops_per_token=flops_per_token(
+            config.model, config.data.sequence_length, engine.num_parameters
+        ),
+        peak_flops=peak_flops(world.device, config.engine.peak_tflops),
+        group_names=engine.group_names,
+    )
+    console = ConsoleProgress(config.run.steps, config.run.name)
+    return Tracking(telemetry, build_trackers(config.tracker), config.tracker, console)
+
+
+def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStore) -> None:
+    resumed = run.rewinder.resume()
+    state = TrainState() if resumed is None else resumed.state
+    run.events.run_start(
+        RunStart(
+            name=config.run.name,
+            state=state,
+            last_step=config.run.steps,
+            num_parameters=run.engine.num_parameters,
+            is_resumed=resumed is not None,
+        )
+    )
+    if resumed is not None and resumed.finished_incident is not None:
+        run.events.rewound(resumed.finished_incident, state, 0.0)
+    ending = train(run, state)
+    run.events.run_end(_summary(config, run, ending, store))
+    world.barrier()
+    if ending.stop is not None and ending.stop.is_failure:
+        raise StoppedByPolicy(ending.stop.reason)
+
+
+def _summary(config: RunConfig, run: Run, ending: Ending, store: TokenStore) -> dict[str, object]:
+    """Return how the run ended; evaluates the held-out samples. A collective."""
+    started = time.perf_counter()
+    loss = None
+    if config.data.validation_samples and ending.stop is None:
+        loss = run.engine.evaluate(store.validation_rows())
+    skipped = run.data.ledger.num_samples()
+    return {
+        "name": config.run.name,
+        "finished": ending.stop is None,
+        "reason": "completed" if ending.stop is None else ending.stop.reason,
+        **ending.state.as_dict(),
+        "validation_loss_nats": loss,
+        "evaluation_seconds": time.perf_counter() - started,
+        "skipped_samples": skipped,
+        "skipped_tokens": skipped * config.data.sequence_length,
+    }

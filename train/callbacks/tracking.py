@@ -1,0 +1,229 @@
+"""Tell people and files what happens: metrics, the timeline, the progress line, the end.
+
+Runs on rank 0 alone, last, and never holds up training: trackers are guarded, and a failure here
+is logged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from monitoring.console import ConsoleProgress, print_summary
+from monitoring.goodput import goodput_of_run
+from monitoring.incidents import collect_incidents
+from monitoring.records import JsonLinesWriter, number, read_run
+from monitoring.trackers import Tracker, TrackerConfig, dashboard_command
+from train.checkpoint.info import CheckpointInfo
+from train.durable import write_json
+from train.events import Callback, CallbackPhase, RunStart
+from train.recovery.journal import Incident
+from train.signals import StepReport
+from train.state import TrainState
+
+_NUM_FINAL_STEPS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telemetry:
+    """What tracking needs to know of the run, fixed at its start."""
+
+    folder: Path
+    run_id: str
+    attempt: int
+    process_start_time: float
+    world_size: int
+    engine: str
+    host: str
+    config: Mapping[str, object]
+    flops_per_token: float
+    peak_flops: float | None
+    group_names: tuple[str, ...]
+
+
+class Tracking(Callback):
+    """Feeds trackers, console and `events.jsonl`."""
+
+    phase = CallbackPhase.REPORT
+    is_main_only = True
+
+    def __init__(
+        self,
+        telemetry: Telemetry,
+        trackers: list[Tracker],
+        tracker_config: TrackerConfig,
+        console: ConsoleProgress,
+    ) -> None:
+        self._telemetry = telemetry
+        self._trackers = trackers
+        self._tracker_config = tracker_config
+        self._console = console
+        self._events = JsonLinesWriter(telemetry.folder / "events.jsonl")
+        self._has_stepped = False
+
+    def on_run_start(self, start: RunStart) -> None:
+        """Open everything."""
+        telemetry = self._telemetry
+        self._event(
+            "run_start",
+            start.state,
+            process_start_time=telemetry.process_start_time,
+            world_size=telemetry.world_size,
+            engine=telemetry.engine,
+            host=telemetry.host,
+        )
+        for tracker in self._trackers:
+            tracker.start(telemetry.config, start.name, telemetry.run_id, telemetry.folder)
+        self._console.start()
+        verb = f"resumed at step {start.state.step}" if start.is_resumed else "started"
+        self._console.message(
+            f"{start.name} {verb}: {start.num_parameters / 1e6:,.2f}M parameters, "
+            f"{telemetry.engine} on {telemetry.world_size} rank(s), {start.last_step:,} steps, "
+            f"folder {telemetry.folder}"
+        )
+
+    def after_update(self, report: StepReport) -> None:
+        """Record one step."""
+        state, signals = report.state, report.signals
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._event("first_step", state)
+        speed = report.num_tokens / max(1e-9, report.step_seconds + report.data_seconds)
+        peak = self._telemetry.peak_flops
+        mfu = None
+        if peak is not None:
+            mfu = speed * self._telemetry.flops_per_token / (peak * self._telemetry.world_size)
+        metrics: dict[str, float | int | str | bool | None] = {
+            **state.as_dict(),
+            "batch_samples": report.num_samples,
+            "loss_nats": signals.loss_nats,
+            "grad_norm": signals.grad_norm,
+            "is_finite": signals.is_finite,
+            "lr": report.lr,
+            "update": str(report.update),
+            "step_seconds": report.step_seconds,
+            "data_seconds": report.data_seconds,
+            "tokens_per_second": speed,
+            "mfu": mfu,
+            "verdict": str(report.verdict.kind) if report.verdict is not None else None,
+            "time": time.time(),
+            "attempt": self._telemetry.attempt,
+        }
+        for name, norm in zip(self._telemetry.group_names, signals.group_norms, strict=False):
+            metrics[f"grad_norm/{name}"] = norm
+        for tracker in self._trackers:
+            tracker.log(metrics, state.clock)
+        self._console.update(metrics)
+
+    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+        """Record a save."""
+        self._events.write(
+            {
+                "kind": "checkpoint_saved",
+                "time": time.time(),
+                "attempt": self._telemetry.attempt,
+                "clock": info.clock,
+                "step": info.step,
+                "seconds": seconds,
+                "bytes": info.num_bytes,
+                "path": str(info.path),
+            }
+        )
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """Record and show a failed save."""
+        self._events.write(
+            {
+                "kind": "checkpoint_failed",
+                "time": time.time(),
+                "attempt": self._telemetry.attempt,
+                "step": step,
+                "reason": reason,
+            }
+        )
+        self._console.incident(f"the checkpoint of step {step} failed: {reason}")
+
+    def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
+        """Record and show a rewind."""
+        self._event(
+            "rewind",
+            state,
+            seconds=seconds,
+            incident=incident.incident,
+            from_step=incident.detected_step,
+            to_step=incident.target_step,
+            from_clock=incident.clock,
+            skip=list(incident.skip),
+            reason=incident.reason,
+        )
+        text = (
+            f"incident {incident.incident}: {incident.reason}; back to step "
+            f"{incident.target_step}, {len(incident.skip_range):,} samples skipped, "
+            f"{seconds:.2f} s"
+        )
+        self._console.incident(text)
+        for tracker in self._trackers:
+            tracker.event("rewind", text, state.clock)
+
+    def on_run_end(self, summary: Mapping[str, object]) -> None:
+        """Write the summary and the report, and show both."""
+        from monitoring.report import write_report
+
+        folder = self._telemetry.folder
+        now = {"time": time.time(), "attempt": self._telemetry.attempt}
+        place = {key: summary[key] for key in ("clock", "step")}
+        if summary["validation_loss_nats"] is not None:
+            self._events.write(
+                {
+                    "kind": "evaluation",
+                    **now,
+                    **place,
+                    "seconds": summary["evaluation_seconds"],
+                    "loss_nats": summary["validation_loss_nats"],
+                }
+            )
+        self._events.write({"kind": "run_end", **now, **place, "reason": summary["reason"]})
+        records = read_run(folder)
+        losses = [number(record, "loss_nats") for record in records.curve]
+        finite = [loss for loss in losses[-_NUM_FINAL_STEPS:] if loss is not None]
+        speeds = [number(record, "tokens_per_second") or 0.0 for record in records.curve]
+        goodput = goodput_of_run(folder)
+        full = {
+            **summary,
+            "steps": summary["step"],
+            "final_loss_nats": fmean(finite) if finite else None,
+            "num_vetoed": sum(record.get("update") == "vetoed" for record in records.curve),
+            "tokens_per_second": fmean(speeds) if speeds else None,
+            "wall_seconds": goodput.wall_seconds,
+            "goodput": goodput.as_dict(),
+            "report": str(folder / "report.html"),
+        }
+        write_json(folder / "summary.json", full)
+        write_report(folder)
+        for tracker in self._trackers:
+            tracker.finish(full)
+        self._console.stop()
+        print_summary(full, collect_incidents(records))
+        command = dashboard_command(self._tracker_config, folder)
+        if command is not None:
+            self._console.message(f"dashboard: {command}")
+
+    def close(self) -> None:
+        """Leave the terminal and the file as they should be."""
+        self._console.stop()
+        self._events.close()
+
+    def _event(self, kind: str, state: TrainState, **fields: object) -> None:
+        self._events.write(
+            {
+                "kind": kind,
+                "time": time.time(),
+                "attempt": self._telemetry.attempt,
+                "clock": state.clock,
+                "step": state.step,
+                **fields,
+            }
+        )

@@ -1,0 +1,266 @@
+"""The checkpoints of one run: save, list, verify, load, promote, quarantine, retain.
+
+A checkpoint is a folder `step-S-clock-C`. It is written under a temporary name, fsynced, given a
+manifest with the digest of each file, and renamed: a folder with that name is whole. There is no
+file that says which is the latest; that is read off the names, so nothing can lie.
+
+All ranks hold the same catalogue: it changes only by calls that all ranks make in the same order.
+Rank 0 writes the shared files. Refuses to know what is inside: an engine writes and reads that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint.info import (
+    HEALTH,
+    MANIFEST,
+    STATE,
+    CheckpointInfo,
+    Health,
+    file_digest,
+    verify_files,
+)
+from train.distributed import World
+from train.durable import fsync_file, fsync_folder, write_json
+from train.engines.base import Engine
+from train.errors import CheckpointError, CorruptCheckpointError
+from train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"^step-(\d{8})-clock-(\d{8})$")
+_FORMAT_VERSION = 1
+
+
+class CheckpointStore:
+    """The folder `checkpoints` of one run. Make it, then call `open` on all ranks."""
+
+    def __init__(self, folder: Path, world: World, *, keep_good: int) -> None:
+        self.folder = folder
+        self._world = world
+        self._keep_good = keep_good
+        self._catalogue: list[CheckpointInfo] = []
+
+    def open(self) -> None:
+        """Read the catalogue and clear what a killed save left. A collective."""
+        catalogue = None
+        if self._world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".saving-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            catalogue = sorted(
+                filter(None, map(_read_info, self.folder.iterdir())), key=lambda info: info.clock
+            )
+        self._catalogue = self._world.broadcast(catalogue)
+
+    def list(self) -> list[CheckpointInfo]:
+        """Return all checkpoints, oldest clock first."""
+        return list(self._catalogue)
+
+    def trusted(self, health: Health) -> list[CheckpointInfo]:
+        """Return the checkpoints of one health, oldest clock first."""
+        return [info for info in self._catalogue if info.health is health]
+
+    def save(
+        self, engine: Engine, state: TrainState, extra: Mapping[str, object], *, health: Health
+    ) -> CheckpointInfo:
+        """Write a checkpoint and return when it is durable. A collective.
+
+        Raises: CheckpointError, on all ranks, if any rank could not write its part; what was
+        written is removed and older checkpoints are untouched.
+        """
+        name = f"step-{state.step:08d}-clock-{state.clock:08d}"
+        temporary = self.folder / f".saving-{name}"
+        failure: str | None = None
+        try:
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+        except OSError as error:
+            failure = str(error)
+        self._agree(failure, temporary)
+        files: dict[str, dict[str, object]] = {}
+        try:
+            engine.save(temporary)
+            files = self._seal(temporary)
+        except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
+            failure = f"{type(error).__name__}: {_first_line(error)}"
+        parts = self._agree(failure, temporary, files)
+        info: CheckpointInfo | None = None
+        try:
+            if self._world.is_main:
+                merged = {name: entry for part in parts for name, entry in part.items()}
+                info = self._publish(temporary, name, merged, engine, state, extra, health)
+        except OSError as error:
+            failure = str(error)
+        self._agree(failure, temporary)
+        info = self._world.broadcast(info)
+        self._catalogue = [known for known in self._catalogue if known.name != name] + [info]
+        self._retain()
+        return info
+
+    def _agree(
+        self, failure: str | None, temporary: Path, payload: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return every rank's payload, or raise on all ranks if one has failed. A collective."""
+        answers = self._world.gather((failure, payload or {}))
+        failures = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]
+        if failures:
+            if self._world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError("; ".join(failures))
+        return [answer[1] for answer in answers]
+
+    def _seal(self, folder: Path) -> dict[str, dict[str, object]]:
+        """Fsync and digest this rank's share of the files. A collective (one barrier)."""
+        self._world.barrier()
+        mine = sorted(path for path in folder.rglob("*") if path.is_file())
+        entries: dict[str, dict[str, object]] = {}
+        for path in mine[self._world.rank :: self._world.size]:
+            fsync_file(path)
+            name = str(path.relative_to(folder))
+            entries[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        return entries
+
+    def _publish(
+        self,
+        temporary: Path,
+        name: str,
+        files: dict[str, dict[str, object]],
+        engine: Engine,
+        state: TrainState,
+        extra: Mapping[str, object],
+        health: Health,
+    ) -> CheckpointInfo:
+        write_json(temporary / STATE, {"train_state": state.as_dict(), **extra})
+        path = temporary / STATE
+        files[STATE] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        manifest = {
+            "version": _FORMAT_VERSION,
+            "step": state.step,
+            "cursor": state.cursor,
+            "clock": state.clock,
+            "world_size": self._world.size,
+            "format": engine.checkpoint_format,
+            "saved_unix_seconds": time.time(),
+            "files": files,
+        }
+        write_json(temporary / HEALTH, {"health": str(health), "reason": ""})
+        for folder in {path.parent for path in temporary.rglob("*")}:
+            fsync_folder(folder)
+        write_json(temporary / MANIFEST, manifest)
+        final = self.folder / name
+        if final.exists():  # an older one of the same clock was corrupt
+            final.rename(self.folder / f".saving-replaced-{name}-{os.getpid()}")
+        temporary.rename(final)
+        fsync_folder(self.folder)
+        info = _read_info(final)
+        assert info is not None, "the checkpoint that was just written can be read"
+        return info
+
+    def load(self, engine: Engine, info: CheckpointInfo) -> dict[str, Any]:
+        """Verify a checkpoint, load it into the engine, and return its extra state. A collective.
+
+        Raises: CorruptCheckpointError, on all ranks, before the engine is touched.
+        """
+        if info.format != engine.checkpoint_format:
+            raise CheckpointError(
+                f"{info.path} was written as {info.format}, and engine.kind={engine.name} here "
+                f"reads {engine.checkpoint_format}; start with the engine, ranks and ZeRO stage "
+                "that wrote it"
+            )
+        problem: str | None = None
+        state: dict[str, Any] = {}
+        try:
+            manifest = json.loads((info.path / MANIFEST).read_text())
+            names = sorted(manifest["files"])[self._world.rank :: self._world.size]
+            verify_files(info.path, {name: manifest["files"][name] for name in names})
+            state = json.loads((info.path / STATE).read_text())
+        except CorruptCheckpointError as error:
+            problem = str(error)
+        except (OSError, ValueError, KeyError) as error:
+            problem = f"{info.path} cannot be read ({error})"
+        problems = [answer for answer in self._world.gather(problem) if answer]
+        if problems:
+            raise CorruptCheckpointError("; ".join(problems))
+        engine.load(info.path)
+        return state
+
+    def promote(self, info: CheckpointInfo) -> None:
+        """Call a candidate good. Called on all ranks; no collective."""
+        self._set_health(info.name, Health.GOOD, "")
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """Never load a checkpoint again. Called on all ranks; no collective."""
+        self._set_health(name, Health.QUARANTINED, reason)
+
+    def _set_health(self, name: str, health: Health, reason: str) -> None:
+        if self._world.is_main and (self.folder / name).exists():
+            write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
+        self._catalogue = [
+            replace(info, health=health) if info.name == name else info for info in self._catalogue
+        ]
+
+    def _retain(self) -> None:
+        """Delete what is not needed. Called on all ranks; no collective.
+
+        Kept: the newest good ones (never fewer than one while there is one), all candidates
+        younger than the newest good one, and the step-0 checkpoint while no other is good.
+        """
+        good = self.trusted(Health.GOOD)
+        kept_good = {info.name for info in good[-self._keep_good :]}
+        newest_good_clock = good[-1].clock if good else -1
+        for info in self.list():
+            is_live_candidate = (
+                info.health is Health.CANDIDATE and info.clock >= newest_good_clock
+            ) or info.clock == self._catalogue[-1].clock
+            if info.name in kept_good or is_live_candidate:
+                continue
+            self._catalogue.remove(info)
+            if self._world.is_main:
+                # Renamed first: a kill in the middle leaves nothing that looks whole.
+                doomed = self.folder / f".saving-old-{info.name}"
+                info.path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _read_info(path: Path) -> CheckpointInfo | None:
+    """Return what a folder says of itself, or None if it is not a checkpoint."""
+    match = _NAME.match(path.name)
+    if match is None:
+        return None
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        health = Health(json.loads((path / HEALTH).read_text())["health"])
+        return CheckpointInfo(
+            name=path.name,
+            path=path,
+            step=manifest["step"],
+            cursor=manifest["cursor"],
+            clock=manifest["clock"],
+            num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+            digest=sha256(text).hexdigest(),
+            world_size=manifest["world_size"],
+            format=manifest["format"],
+            health=health,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,273 @@
+"""From a YAML node to a typed, frozen `RunConfig`: types, unknown keys and combinations.
+
+All problems are reported at once, each with its key, what was found and what to do, before any
+process group, folder or tensor is made. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from launch.cluster import problems as cluster_problems
+from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
+from train.errors import ConfigError
+from train.recovery.policy import Rule
+from train.settings import (
+    ChaosKind,
+    DataKind,
+    Decay,
+    Device,
+    EngineKind,
+    RunConfig,
+    TokenizerKind,
+    Veto,
+)
+
+# Keys that may differ when a run is taken up again: they do not change what is learnt.
+FREE_KEYS = (
+    "run.overwrite",
+    "run.dir",
+    "engine.",
+    "checkpoint.",
+    "tracker.",
+    "callbacks.",
+    "cluster.",
+    "data.cache_dir",
+    "recovery.",
+)
+
+
+def parse_config(node: Mapping[str, Any], *, world_size: int) -> RunConfig:
+    """Return the config of a resolved YAML node (plain containers).
+
+    Raises: ConfigError with all problems at once.
+    """
+    try:
+        config = _adapter().validate_python(node)
+    except ValidationError as error:
+        raise ConfigError([_explain(dict(item)) for item in error.errors()]) from error
+    problems = list(_problems(config, world_size))
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+@cache
+def _adapter() -> TypeAdapter[RunConfig]:
+    return TypeAdapter(RunConfig)
+
+
+@cache
+def known_keys() -> tuple[str, ...]:
+    """Return all dotted keys of the schema."""
+    groups = get_type_hints(RunConfig, include_extras=False)
+    return tuple(
+        f"{group}.{field.name}"
+        for group, settings in groups.items()
+        if is_dataclass(settings)
+        for field in fields(settings)
+    )
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    """Turn one pydantic error into our form: key, found, what to do."""
+    path = [str(part) for part in error["loc"]]
+    key = ".".join(path)
+    found = error["input"]
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        close = _did_you_mean(key)
+        hint = f"did you mean {close}?" if close else "remove it (`--cfg job` lists all keys)"
+        return f"{key}={found!r}: unknown key; {hint}"
+    if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key}: missing; set it, e.g. {key}=..."
+    expected = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{key}={found!r}: should be {expected.removeprefix('expected ')}"
+
+
+def _did_you_mean(key: str) -> str | None:
+    last = key.rsplit(".", 1)[-1]
+    groups = [field.name for field in fields(RunConfig)]
+    matches = difflib.get_close_matches(key, [*known_keys(), *groups], n=1, cutoff=0.6)
+    if matches:
+        return matches[0]
+    by_last: dict[str, str] = {}
+    for known in known_keys():
+        by_last.setdefault(known.rsplit(".", 1)[-1], known)
+    matches = difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)
+    return by_last[matches[0]] if matches else None
+
+
+def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    yield from _model_problems(config)
+    yield from _schedule_problems(config, world_size)
+    yield from _engine_problems(config, world_size)
+    yield from _file_problems(config)
+    yield from _recovery_problems(config)
+    yield from cluster_problems(config.cluster)
+
+
+def _model_problems(config: RunConfig) -> Iterator[str]:
+    model = config.model
+    if model.hidden_size % model.num_heads:
+        yield (
+            f"model.num_heads={model.num_heads} does not divide "
+            f"model.hidden_size={model.hidden_size}; use {_divisors_near(model)}"
+        )
+    elif model.hidden_size // model.num_heads % 2:
+        yield (
+            f"model.num_heads={model.num_heads} gives heads of odd size "
+            f"{model.hidden_size // model.num_heads}; rotary embeddings need an even one"
+        )
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={model.num_kv_heads} does not divide "
+            f"model.num_heads={model.num_heads}; use 1 (multi-query) up to {model.num_heads}"
+        )
+    if model.num_block_norms == 1 and not model.is_parallel:
+        yield (
+            "model.num_block_norms=1 needs model.is_parallel=true; a sequential block has two "
+            "norms: set model.num_block_norms=2"
+        )
+    if config.tokenizer.kind is not TokenizerKind.FILE:
+        size = 257 if config.tokenizer.kind is TokenizerKind.BYTES else config.tokenizer.vocab_size
+        if size > model.vocab_size:
+            yield (
+                f"model.vocab_size={model.vocab_size} is smaller than the tokenizer's {size}; "
+                f"set model.vocab_size={size} or lower tokenizer.vocab_size"
+            )
+
+
+def _divisors_near(model: Any) -> str:
+    near = [n for n in range(1, model.hidden_size + 1) if model.hidden_size % n == 0]
+    near.sort(key=lambda n: abs(n - model.num_heads))
+    return " or ".join(str(n) for n in sorted(near[:2]))
+
+
+def _schedule_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    schedule, steps = config.schedule, config.run.steps
+    if schedule.warmup_steps > steps:
+        yield (
+            f"schedule.warmup_steps={schedule.warmup_steps} is longer than the run of "
+            f"run.steps={steps}; lower it or lengthen the run"
+        )
+    if schedule.decay is Decay.CONSTANT and schedule.final_lr_ratio != 1:
+        yield (
+            f"schedule.final_lr_ratio={schedule.final_lr_ratio} has no effect with "
+            "schedule.decay=constant; set it to 1"
+        )
+    sizes = {"schedule.batch_samples": schedule.batch_samples}
+    if schedule.batch_ramp_steps:
+        sizes["schedule.batch_ramp_start_samples"] = schedule.batch_ramp_start_samples
+        sizes["schedule.batch_ramp_increment_samples"] = schedule.batch_ramp_increment_samples
+        if schedule.batch_ramp_start_samples > schedule.batch_samples:
+            yield (
+                f"schedule.batch_ramp_start_samples={schedule.batch_ramp_start_samples} is above "
+                f"schedule.batch_samples={schedule.batch_samples}; a ramp only rises"
+            )
+    for key, size in sizes.items():
+        if size % world_size:
+            below = size - size % world_size
+            yield (
+                f"{key}={size} does not divide among {world_size} ranks; use "
+                f"{below or world_size} or {below + world_size}"
+            )
+
+
+def _engine_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    engine = config.engine
+    if engine.kind is EngineKind.SINGLE and world_size > 1:
+        yield (
+            f"engine.kind=single runs on one process, and {world_size} were started; use "
+            "engine=ddp, fsdp or deepspeed, or --nproc-per-node 1"
+        )
+    if engine.kind is EngineKind.DEEPSPEED and config.recovery.veto not in (Veto.AUTO, Veto.OFF):
+        yield (
+            f"recovery.veto={config.recovery.veto} is impossible with engine=deepspeed: it takes "
+            "its norm inside its own step, so no update can be refused from outside; set "
+            "recovery.veto=off (a rewind then undoes a bad update) or use engine=fsdp"
+        )
+    for key in engine.deepspeed:
+        if key in OWNED_KEYS:
+            yield (
+                f"engine.deepspeed.{key} is set by Trimtab itself; use {OWNED_KEYS[key]} instead"
+            )
+        elif key not in TOP_LEVEL_KEYS:
+            close = difflib.get_close_matches(key, TOP_LEVEL_KEYS, n=1)
+            hint = f"did you mean engine.deepspeed.{close[0]}?" if close else "remove it"
+            yield (
+                f"engine.deepspeed.{key}: DeepSpeed has no such key and would silently ignore "
+                f"it; {hint}"
+            )
+    if engine.deepspeed and engine.kind is not EngineKind.DEEPSPEED:
+        yield (
+            f"engine.deepspeed is set, but engine.kind={engine.kind}; use engine=deepspeed "
+            "or remove it"
+        )
+    if engine.device is Device.CUDA and not Path("/dev/nvidiactl").exists():
+        yield "engine.device=cuda, but this machine has no NVIDIA device; use engine.device=cpu"
+
+
+def _file_problems(config: RunConfig) -> Iterator[str]:
+    data, tokenizer = config.data, config.tokenizer
+    if data.kind is DataKind.FILES and not data.paths:
+        yield "data.paths is empty; name text or JSONL files, folders or globs: data.paths=[...]"
+    if data.kind is DataKind.STDLIB and data.paths:
+        yield (
+            "data.paths is set, but data.kind=stdlib reads the embedded corpus; add data=files "
+            "to read your own text"
+        )
+    for path in data.paths:
+        if not any(mark in path for mark in "*?[") and not Path(path).expanduser().exists():
+            yield f"data.paths: {path} does not exist; give a file, a folder or a glob"
+    if tokenizer.kind is TokenizerKind.FILE:
+        if tokenizer.path is None:
+            yield "tokenizer.path is missing; tokenizer=file needs a tokenizer.json"
+        elif not Path(tokenizer.path).expanduser().is_file():
+            yield f"tokenizer.path={tokenizer.path} is not a file; give a tokenizer.json"
+
+
+def _recovery_problems(config: RunConfig) -> Iterator[str]:
+    recovery, checkpoint = config.recovery, config.checkpoint
+    if recovery.rule is not Rule.NONE:
+        if "spike_recovery" not in config.callbacks.names:
+            yield (
+                f"recovery.rule={recovery.rule} needs the callback spike_recovery in "
+                "callbacks.names; add it, or set recovery=none"
+            )
+        if not checkpoint.save_at_start and checkpoint.interval_steps > config.run.steps:
+            yield (
+                f"checkpoint.interval_steps={checkpoint.interval_steps} is longer than the run of "
+                f"run.steps={config.run.steps} and checkpoint.save_at_start=false: recovery would "
+                "have nothing to go back to"
+            )
+    if config.chaos.kind is not ChaosKind.NONE and config.chaos.length.value == 0:
+        yield "chaos.length is zero; set an amount, or chaos=none"
+
+
+def flatten(node: object, prefix: str = "") -> dict[str, object]:
+    """Return `{dotted key: leaf}` of nested mappings; lists are leaves."""
+    if isinstance(node, Mapping) and node:
+        flat: dict[str, object] = {}
+        for key, value in node.items():
+            flat.update(flatten(value, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: node}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line a key that differs and matters for what is learnt."""
+    old_flat, new_flat = flatten(old), flatten(new)
+    lines = []
+    for key in sorted(old_flat.keys() | new_flat.keys()):
+        if key.startswith(FREE_KEYS):
+            continue
+        if old_flat.get(key) != new_flat.get(key):
+            lines.append(f"{key}: the folder has {old_flat.get(key)!r}, now {new_flat.get(key)!r}")
+    return lines

@@ -1,0 +1,1 @@
+"""Data: corpus preparation, token store, global order, skip ledger, stream."""

@@ -1,0 +1,102 @@
+"""The stream of batches: a pure function of (cursor, ledger); every rank takes its own rows.
+
+Owns the way from the cursor to tokens: ledger, order, source. Refuses to keep a position: the
+cursor is the caller's. Called by the loop on all ranks; no collective.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from train.data.ledger import SkipLedger
+from train.data.order import SampleOrder
+from train.data.store import TokenStore
+
+
+class SampleSource(Protocol):
+    """Tokens by global index of the order."""
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+        """Return the tokens at `indices`, shape [n, sequence_length + 1]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """One global batch as one rank sees it.
+
+    `rows`: this rank's samples, [num_samples / ranks, sequence_length + 1]. `indices`: the global
+    indices of the whole batch. `next_cursor`: where the next batch begins.
+    """
+
+    rows: npt.NDArray[np.integer]
+    indices: npt.NDArray[np.int64]
+    next_cursor: int
+    num_tokens: int
+
+
+class OrderedSource:
+    """The samples of a token store in the global order."""
+
+    def __init__(self, store: TokenStore, order: SampleOrder) -> None:
+        self._store = store
+        self._order = order
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+        """Return the tokens at global `indices`."""
+        return self._store.rows(self._order.samples(indices))
+
+
+class PoisonedSource:
+    """A source one stretch of which is bad, as a bad shard is: long runs of a few repeated tokens.
+
+    The poison depends on the seed and the index alone, so a rewind that does not skip meets it
+    again, and any number of ranks sees the same.
+    """
+
+    def __init__(
+        self, source: SampleSource, *, start: int, stop: int, vocab_size: int, seed: int
+    ) -> None:
+        self._source = source
+        self._start, self._stop = start, stop
+        self._vocab_size = vocab_size
+        self._seed = seed
+
+    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+        """Return the tokens at global `indices`, poisoned ones among them."""
+        rows = self._source.rows(indices)
+        for position in np.flatnonzero((indices >= self._start) & (indices < self._stop)):
+            generator = np.random.default_rng([self._seed, int(indices[position])])
+            rows[position] = generator.integers(0, self._vocab_size, rows.shape[1])
+        return rows
+
+
+class SampleStream:
+    """Batches at any cursor, for one rank of `num_ranks`."""
+
+    def __init__(
+        self, source: SampleSource, ledger: SkipLedger, *, rank: int, num_ranks: int
+    ) -> None:
+        self.ledger = ledger
+        self._source = source
+        self._rank = rank
+        self._num_ranks = num_ranks
+
+    def at(self, cursor: int, num_samples: int) -> Batch:
+        """Return the next `num_samples` samples at or after `cursor` that are not skipped.
+
+        Each rank gets one contiguous block of rows; `num_samples` divides among the ranks.
+        """
+        indices, next_cursor = self.ledger.take(cursor, num_samples)
+        share = num_samples // self._num_ranks
+        mine = indices[self._rank * share : (self._rank + 1) * share]
+        rows = self._source.rows(mine)
+        return Batch(
+            rows=rows,
+            indices=indices,
+            next_cursor=next_cursor,
+            num_tokens=num_samples * (rows.shape[1] - 1),
+        )

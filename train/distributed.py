@@ -1,0 +1,124 @@
+"""Processes: who we are, which device we use, and agreement among ranks.
+
+Owns the process group of one job. Each job takes its own prefix in the launcher's store, so that
+several jobs can follow each other in one process (Hydra multirun). A lone process makes none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from train.settings import Device, EngineKind, EngineSettings
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """The ranks of one job. A lone process is rank 0 of 1, and its collectives do nothing."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes shared files."""
+        return self.rank == 0
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's `value` on all ranks. A collective; the value is pickled."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self._object_device())
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every rank's `value`, in rank order, on all ranks. A collective."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks. A collective."""
+        if self.size > 1:
+            self.gather(None)
+
+    def mesh(self) -> DeviceMesh:
+        """Return the one-dimensional mesh of all ranks."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.size,))
+
+    def _object_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def launched_size() -> int:
+    """Return the number of ranks that the launcher started, 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_rank() -> int:
+    """Return this process's rank, 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def resolve_engine(settings: EngineSettings, num_ranks: int) -> EngineKind:
+    """Return the engine that `auto` means on `num_ranks`."""
+    if settings.kind is not EngineKind.AUTO:
+        return settings.kind
+    return EngineKind.SINGLE if num_ranks == 1 else EngineKind.DDP
+
+
+@contextmanager
+def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
+    """Join the other ranks of this job, and leave them at the end.
+
+    `job_name` is equal on all ranks and differs between the jobs of one launch. Both backends are
+    made on GPUs: NCCL for tensors, gloo for what the host says.
+    """
+    has_cuda = settings.device is not Device.CPU and torch.cuda.is_available()
+    device = torch.device("cpu")
+    if has_cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    size = launched_size()
+    if resolve_engine(settings, size) is EngineKind.SINGLE:
+        yield World(rank=0, size=1, device=device)
+        return
+    timeout = timedelta(seconds=settings.timeout_seconds)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
+        store=dist.PrefixStore(f"trimtab/{job_name}", _launcher_store()),
+        rank=launched_rank(),
+        world_size=size,
+        timeout=timeout,
+        device_id=device if has_cuda else None,
+    )
+    try:
+        yield World(rank=launched_rank(), size=size, device=device)
+    finally:
+        dist.destroy_process_group()
+
+
+@cache
+def _launcher_store() -> dist.Store:
+    """Return the launcher's key-value store; one connection serves all jobs of this process."""
+    if "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+    return store

@@ -1,0 +1,1 @@
+"""Engines: one protocol, four ways to spread a model over processes."""

@@ -1,0 +1,158 @@
+"""`deepspeed`: ZeRO 1, 2 and 3, started by plain torchrun, its JSON generated from our config.
+
+DeepSpeed takes the gradient norm inside its own step, so no update can be refused from outside:
+here a bad update is undone by a rewind. The one module that imports DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.distributed import World
+from train.engines.optimizer import make_optimizer
+from train.engines.torch_engine import parameter_groups, to_device
+from train.errors import CheckpointError, ConfigError
+from train.models.decoder import Decoder, num_parameters
+from train.settings import EngineSettings, OptimSettings
+from train.signals import Gate
+
+_TAG = "deepspeed"
+
+
+def generate_json(
+    engine: EngineSettings, optim: OptimSettings, *, is_bf16: bool
+) -> dict[str, object]:
+    """Return DeepSpeed's configuration; `engine.deepspeed` is merged over it, key by key."""
+    generated: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": engine.micro_batch_samples or 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm or 0.0,
+        "bf16": {"enabled": is_bf16},
+        "zero_optimization": {"stage": engine.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+    }
+    return _merged(generated, engine.deepspeed)
+
+
+def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str, object]:
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            result[key] = _merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    except ImportError as error:
+        raise ConfigError(
+            [f"engine.kind=deepspeed: DeepSpeed is not installed ({error}); pip install deepspeed"]
+        ) from error
+    # Without this, its first start on a CPU compiles an extension for minutes, and a lock left by a
+    # killed build hangs every later start; gloo does the same work.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+class DeepSpeedEngine:
+    """A model under DeepSpeed's own engine."""
+
+    name = "deepspeed"
+    can_veto = False
+
+    def __init__(
+        self,
+        *,
+        model: Decoder,
+        world: World,
+        engine: EngineSettings,
+        optim: OptimSettings,
+        is_bf16: bool,
+    ) -> None:
+        deepspeed = _import_deepspeed(world.device)
+        self.num_parameters = num_parameters(model)
+        self.group_names: tuple[str, ...] = ()
+        self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
+        parameter_groups(model)
+        optimizer = make_optimizer(model, optim)
+        deepspeed.init_distributed(dist_backend=None, dist_init_required=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=generate_json(engine, optim, is_bf16=is_bf16),
+            dist_init_required=False,
+        )
+        self._world = world
+        self._optim = optim
+        self._micro_batch_samples = engine.micro_batch_samples
+
+    def step(
+        self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
+    ) -> Tensor:
+        """See `Engine.step`; the gate is ignored."""
+        del gate
+        tokens = to_device(rows, self._world.device)
+        chunks = tokens.split(self._micro_batch_samples or len(tokens))
+        scale = self._world.size / num_tokens
+        loss_sum = torch.zeros(1, dtype=torch.float64, device=self._world.device)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        for number, chunk in enumerate(chunks, start=1):
+            self._engine.set_gradient_accumulation_boundary(number == len(chunks))
+            cross_entropy, square_log_z = self._engine(chunk)
+            loss = scale * (cross_entropy + self._optim.z_loss * square_log_z)
+            self._engine.backward(loss)
+            loss_sum += cross_entropy.detach()
+        self._engine.step()
+        dist.all_reduce(loss_sum)
+        norm = self._engine.get_global_grad_norm()
+        norm_tensor = torch.as_tensor(
+            math.nan if norm is None else norm, dtype=torch.float64, device=self._world.device
+        ).reshape(1)
+        return torch.cat((loss_sum / num_tokens, norm_tensor, torch.zeros_like(norm_tensor)))
+
+    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+        """See `Engine.evaluate`."""
+        share = len(rows) // self._world.size
+        mine = rows[self._world.rank * share : (self._world.rank + 1) * share]
+        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        self._engine.eval()
+        with torch.no_grad():
+            for chunk in to_device(mine, self._world.device).split(self._micro_batch_samples or 16):
+                cross_entropy, _ = self._engine(chunk)
+                total[0] += cross_entropy
+                total[1] += chunk.shape[0] * (chunk.shape[1] - 1)
+        self._engine.train()
+        dist.all_reduce(total)
+        return float(total[0] / total[1])  # host sync
+
+    def save(self, folder: Path) -> None:
+        """Write through DeepSpeed's own format."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read DeepSpeed's own format; the number of ranks must be that of `save`."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")

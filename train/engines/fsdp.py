@@ -1,0 +1,33 @@
+"""`fsdp`: FSDP2; each rank holds a part of every parameter, gradient and moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from train.distributed import World
+from train.engines.torch_engine import TorchEngine
+from train.models.decoder import Decoder
+
+
+def wrap(model: Decoder, world: World, compute_dtype: torch.dtype | None) -> None:
+    """Shard `model` in place, block by block; gradients are reduced in fp32."""
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    mesh = world.mesh()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+class FsdpEngine(TorchEngine):
+    """The engine for a model sharded by `wrap`."""
+
+    @contextmanager
+    def gradient_sync(self, *, is_last: bool) -> Iterator[None]:
+        """Gradients are reduced and scattered in the last backward of a step alone."""
+        assert isinstance(self._module, FSDPModule)
+        self._module.set_requires_gradient_sync(is_last)
+        yield

@@ -1,0 +1,203 @@
+"""The engine in plain torch: one step for `single`, `ddp` and `fsdp`, which differ in how the
+model is wrapped, when gradients travel, and whether a rank holds all of them.
+
+The veto: fused optimizers take `found_inf` and skip the whole update where it is 1: parameters,
+both moments and the step counter stay as they are, even when every gradient is NaN. Clipping rides
+along as `grad_scale`, so it costs no pass over the gradients of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from train.distributed import World
+from train.models.decoder import Decoder, num_parameters
+from train.settings import OptimSettings
+from train.signals import Gate
+
+
+def to_device(rows: npt.NDArray[np.integer], device: torch.device) -> Tensor:
+    """Return token ids as int64 on `device`; they travel narrow and are widened there."""
+    tokens = torch.from_numpy(rows)
+    if device.type == "cuda":
+        tokens = tokens.pin_memory().to(device, non_blocking=True)
+    return tokens.to(torch.int64)
+
+
+def parameter_groups(model: nn.Module) -> tuple[tuple[str, ...], list[int]]:
+    """Return the names of the groups (embedding, each block, head) and each parameter's group."""
+    names: list[str] = []
+    membership = []
+    for name, _ in model.named_parameters():
+        parts = [part for part in name.split(".") if part not in ("module", "_orig_mod")]
+        group = ".".join(parts[:2]) if parts[0] == "blocks" else parts[0]
+        if group not in names:
+            names.append(group)
+        membership.append(names.index(group))
+    return tuple(names), membership
+
+
+class TorchEngine:
+    """Forward, backward, reduce, gated update.
+
+    `module` is what forward runs through; `model` holds the parameters (they may be the same).
+    `is_sharded`: each rank holds a part of every gradient.
+    """
+
+    can_veto = True
+    checkpoint_format = "dcp"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        module: nn.Module,
+        model: Decoder,
+        optimizer: torch.optim.AdamW,
+        world: World,
+        optim: OptimSettings,
+        micro_batch_samples: int | None,
+        autocast_dtype: torch.dtype | None,
+        has_veto: bool,
+        is_sharded: bool = False,
+    ) -> None:
+        self.name = name
+        self.num_parameters = num_parameters(model)
+        self.group_names, membership = parameter_groups(model)
+        self.model = model
+        self.optimizer = optimizer
+        self._module = module
+        self._world = world
+        self._optim = optim
+        self._micro_batch_samples = micro_batch_samples
+        self._autocast_dtype = autocast_dtype
+        self._has_veto = has_veto
+        self._is_sharded = is_sharded
+        self._membership = torch.tensor(membership, device=world.device)
+
+    def step(
+        self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
+    ) -> Tensor:
+        """See `Engine.step`."""
+        tokens = to_device(rows, self._world.device)
+        chunks = tokens.split(self._micro_batch_samples or len(tokens))
+        # Wrapped models average gradients over the ranks; losses here are parts of one global sum.
+        scale = self._world.size / num_tokens
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        for number, chunk in enumerate(chunks, start=1):
+            with self.gradient_sync(is_last=number == len(chunks)):
+                with self._autocast():
+                    cross_entropy, square_log_z = self._module(chunk)
+                (scale * (cross_entropy + self._optim.z_loss * square_log_z)).backward()
+            loss_sum += cross_entropy.detach()
+        vector = self._signals(loss_sum, num_tokens, gate)
+        self._update(vector, lr)
+        return vector
+
+    def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of one backward; gradients travel in the last one alone."""
+        del is_last
+        return nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self._world.device.type, self._autocast_dtype)
+
+    def _signals(self, loss_sum: Tensor, num_tokens: int, gate: Gate) -> Tensor:
+        """Return the signal vector, after the one fused reduce of the step (a collective)."""
+        norms = torch._foreach_norm(self._local_gradients())
+        squares = torch.stack(norms).double().square()
+        if not self._is_sharded:
+            squares = squares / self._world.size  # every rank has all of them; the sum restores
+        group_squares = torch.zeros(
+            len(self.group_names), dtype=torch.float64, device=squares.device
+        ).index_add_(0, self._membership, squares)
+        reduced = torch.cat((loss_sum[None], group_squares))
+        if self._world.size > 1:
+            dist.all_reduce(reduced)
+        loss = reduced[:1] / num_tokens
+        grad_norm = reduced[1:].sum(0, keepdim=True).sqrt()
+        passes = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        passes &= (loss <= gate.max_loss_nats) & (grad_norm <= gate.max_grad_norm)
+        is_vetoed = (~passes).double() if self._has_veto else torch.zeros_like(loss)
+        return torch.cat((loss, grad_norm, is_vetoed, reduced[1:].sqrt()))
+
+    def _local_gradients(self) -> Sequence[Tensor]:
+        gradients = []
+        for parameter in self.model.parameters():
+            gradient = parameter.grad
+            assert gradient is not None, "every parameter takes part in the loss"
+            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+        return gradients
+
+    def _update(self, vector: Tensor, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        limit = self._optim.max_grad_norm or math.inf
+        # The fused step divides gradients by `grad_scale`, and does nothing where `found_inf` is 1.
+        self.optimizer.grad_scale = (vector[1] / limit).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = vector[2].float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+        """See `Engine.evaluate`."""
+        share = len(rows) // self._world.size
+        mine = rows[self._world.rank * share : (self._world.rank + 1) * share]
+        tokens = to_device(mine, self._world.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        with torch.no_grad():
+            for chunk in tokens.split(self._micro_batch_samples or 16):
+                with self._autocast():
+                    cross_entropy, _ = self._module(chunk)
+                total[0] += cross_entropy
+                total[1] += chunk.shape[0] * (chunk.shape[1] - 1)
+        if self._world.size > 1:
+            dist.all_reduce(total)
+        return float(total[0] / total[1])  # host sync
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer through torch.distributed.checkpoint."""
+        import torch.distributed.checkpoint as dcp
+
+        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
+        dcp.save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
+
+    def load(self, folder: Path) -> None:
+        """Read model and optimizer; the number of ranks may differ from that of `save`."""
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+        state = self._state()
+        reader = dcp.FileSystemReader(folder)
+        dcp.load(state, storage_reader=reader, no_dist=self._world.size == 1)
+        set_state_dict(
+            self._module,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+
+    def _state(self) -> dict[str, dict[str, object]]:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+        # A veto left over from the last step would keep moments from being made here.
+        self.optimizer.grad_scale = self.optimizer.found_inf = None  # type: ignore[attr-defined]
+        model_state, optimizer_state = get_state_dict(
+            self._module,
+            self.optimizer,
+            options=StateDictOptions(flatten_optimizer_state_dict=True),
+        )
+        return {"model": model_state, "optimizer": optimizer_state}

@@ -1,0 +1,200 @@
+"""Callbacks and their dispatch. The order of calls is the story of a run:
+
+    on_run_start
+    while training:
+        gate()                              before each update, the tightest one holds
+        needs_current(step)                 True asks for a report now instead of one step late
+        after_update(report)                OBSERVE: a verdict; DECIDE, PERSIST: an action
+        on_checkpoint_saved(info)
+        on_rewind(incident, state)
+    on_run_end(summary)
+    close                                   in reverse order, whatever happened
+
+Callbacks see frozen facts and return typed actions; only the loop acts. They hold no engine and
+call no collective. Their order is a phase, then a name: the same on every rank. A callback that
+fails in REPORT is logged; one that fails elsewhere stops the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import TypeVar
+
+from train.actions import Action, worst
+from train.checkpoint.info import CheckpointInfo
+from train.recovery.detector import Verdict
+from train.recovery.journal import Incident
+from train.signals import Gate, StepReport
+from train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class CallbackPhase(IntEnum):
+    """When a callback runs."""
+
+    OBSERVE = 0
+    DECIDE = 1
+    PERSIST = 2
+    REPORT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStart:
+    """What callbacks are told when a run starts or is taken up again."""
+
+    name: str
+    state: TrainState
+    last_step: int
+    num_parameters: int
+    is_resumed: bool
+
+
+class Callback:
+    """Base of all callbacks; override what you need."""
+
+    phase = CallbackPhase.OBSERVE
+    is_main_only = False
+    """True to run on rank 0 alone; for callbacks that return nothing."""
+
+    @property
+    def name(self) -> str:
+        """Name within the phase's order and in checkpoints."""
+        return type(self).__name__
+
+    def on_run_start(self, start: RunStart) -> None:
+        """Run once, before the first step."""
+
+    def gate(self) -> Gate | None:
+        """Return limits for the next update, or None."""
+        return None
+
+    def needs_current(self, step: int) -> bool:
+        """Return True if the report of `step` is needed before the next one starts (host sync)."""
+        del step
+        return False
+
+    def after_update(self, report: StepReport) -> Action | Verdict | None:
+        """Judge (OBSERVE) or ask for an action (other phases)."""
+
+    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+        """Take note of a durable checkpoint."""
+
+    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+        """Take note of a checkpoint that could not be written."""
+
+    def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
+        """Take note of a finished rewind; own state was restored before."""
+
+    def on_run_end(self, summary: Mapping[str, object]) -> None:
+        """Run once after the last step."""
+
+    def close(self) -> None:
+        """Free what is held; runs even after an error."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Return what belongs in a checkpoint, as JSON values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take up what `state_dict` returned."""
+
+
+class Events:
+    """The callbacks of a run, in order."""
+
+    def __init__(self, callbacks: Sequence[Callback], *, is_main: bool) -> None:
+        chosen = [callback for callback in callbacks if is_main or not callback.is_main_only]
+        self._callbacks = sorted(chosen, key=lambda callback: (callback.phase, callback.name))
+
+    def describe(self) -> str:
+        """Return the order, for the log."""
+        return ", ".join(f"{c.phase.name.lower()}:{c.name}" for c in self._callbacks)
+
+    def gate(self) -> Gate:
+        """Return the tightest gate of all."""
+        tightest = Gate()
+        for callback in self._callbacks:
+            gate = callback.gate()
+            tightest = tightest if gate is None else tightest.tighter(gate)
+        return tightest
+
+    def needs_current(self, step: int) -> bool:
+        """True if any callback needs the report of `step` at once."""
+        return any(callback.needs_current(step) for callback in self._callbacks)
+
+    def after_update(self, report: StepReport) -> Action:
+        """Show a report to all callbacks and return the worst action; losers are logged."""
+        actions: list[Action] = []
+        for callback in self._callbacks:
+            answer = self._call(callback, lambda c: c.after_update(report))  # noqa: B023 - at once
+            if isinstance(answer, Verdict):
+                report = replace(report, verdict=answer)
+            elif isinstance(answer, Action):
+                actions.append(answer)
+        winner, losers = worst(actions)
+        for loser in losers:
+            logger.info("%s wins over %s", winner, loser)
+        return winner
+
+    def run_start(self, start: RunStart) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_run_start(start))
+
+    def checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds))
+
+    def checkpoint_failed(self, step: int, reason: str) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_checkpoint_failed(step, reason))
+
+    def rewound(self, incident: Incident, state: TrainState, seconds: float) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_rewind(incident, state, seconds))
+
+    def run_end(self, summary: Mapping[str, object]) -> None:
+        """Tell all callbacks, in reverse order."""
+        for callback in reversed(self._callbacks):
+            self._call(callback, lambda c: c.on_run_end(summary))
+
+    def close(self) -> None:
+        """Close all callbacks in reverse order; one that fails does not keep the others open."""
+        for callback in reversed(self._callbacks):
+            try:
+                callback.close()
+            except Exception:
+                logger.exception("%s could not be closed", callback.name)
+
+    def state_dict(self) -> dict[str, dict[str, object]]:
+        """Return the state of all callbacks that have some; equal on all ranks."""
+        states = {
+            callback.name: callback.state_dict()
+            for callback in self._callbacks
+            if not callback.is_main_only
+        }
+        return {name: state for name, state in states.items() if state}
+
+    def load_state_dict(self, states: Mapping[str, Mapping[str, object]]) -> None:
+        """Restore the callbacks that a checkpoint knows."""
+        for callback in self._callbacks:
+            if callback.name in states:
+                callback.load_state_dict(states[callback.name])
+
+    def _tell(self, call: Callable[[Callback], None]) -> None:
+        for callback in self._callbacks:
+            self._call(callback, call)
+
+    def _call(self, callback: Callback, call: Callable[[Callback], T]) -> T | None:
+        if callback.phase is not CallbackPhase.REPORT:
+            return call(callback)
+        try:
+            return call(callback)
+        except Exception:
+            logger.exception("%s failed; training goes on", callback.name)
+            return None

@@ -1,0 +1,155 @@
+"""Train: `torchrun train/main.py +exp=falcon_like key=value ...`. Thin: compose, check, execute.
+
+`--help` shows the groups, `--cfg job` the config, `-m` runs a sweep; `trimtab explain KEY` says
+which file set a value. Running it again with the same arguments resumes the run. Exit codes: 0 the
+run is complete, 2 the config or the data is wrong, 3 recovery gave up, 1 anything else, 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import time
+
+PROCESS_START_TIME = time.time()
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    # `torchrun train/main.py` puts train/ on the path; the packages lie one level up.
+    sys.path[0] = str(ROOT)
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from train.errors import ConfigError, TrimtabError
+
+CONF = ROOT / "conf"
+logger = logging.getLogger("train")
+
+
+def rewrite_arguments(arguments: list[str]) -> list[str]:
+    """Return the arguments such that Hydra lets unknown keys through to our own check.
+
+    `key=value` becomes `++key=value`, so that all unknown keys are reported together and with a
+    suggestion; `exp=x` becomes `+exp=x`, since experiments have no default.
+    """
+    rewritten = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        is_plain = bool(equals) and key[:1].isalpha() and "@" not in key
+        if is_plain and key == "exp":
+            rewritten.append(f"+{argument}")
+        elif is_plain and not (CONF / key).is_dir() and not key.startswith("hydra"):
+            rewritten.append(f"++{key}={value}")
+        else:
+            rewritten.append(argument)
+    return rewritten
+
+
+def run_name(arguments: list[str]) -> str:
+    """Return the default name of a run: its experiment, and in a sweep what this job varies."""
+    config = HydraConfig.get()
+    name = str(config.runtime.choices.get("exp") or "trimtab").replace("/", "-")
+    swept = _swept_keys(arguments)
+    varied = [
+        override.lstrip("+")
+        for override in config.overrides.task
+        if override.lstrip("+").partition("=")[0] in swept
+    ]
+    return ",".join([name, *varied]) if varied else name
+
+
+def _swept_keys(arguments: list[str]) -> set[str]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not {"-m", "--multirun"} & set(arguments):
+        return set()
+    texts = [text for text in arguments if "=" in text and not text.startswith("-")]
+    overrides = OverridesParser.create().parse_overrides(texts)
+    return {o.key_or_group for o in overrides if o.is_sweep_override()}
+
+
+def configure_logging(folder: Path) -> None:
+    """Send rank 0's records to the run's log; warnings of every rank go to stderr too."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    rank = os.environ.get("RANK", "0")
+    line = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
+    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    root.addHandler(console)
+    root.setLevel(logging.INFO if rank == "0" else logging.WARNING)
+    if rank == "0" and folder.is_dir():
+        to_file = logging.FileHandler(folder / "train.log")
+        to_file.setFormatter(logging.Formatter(line))
+        root.addHandler(to_file)
+
+
+def run_job(node: DictConfig) -> None:
+    """Check one composed config and execute it. Called by Hydra, once a job."""
+    from train.config import parse_config
+    from train.run_folder import check_folder
+
+    plain: Any = OmegaConf.to_container(node, resolve=True)
+    config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    folder = Path(config.run.dir) / config.run.name
+    check_folder(folder, plain, overwrite=config.run.overwrite)
+    configure_logging(folder)
+    number = HydraConfig.get().job.get("num", 0) if _is_multirun() else 0
+    from train.build import execute
+
+    execute(
+        config, plain, job_name=f"{number}-{folder.name}", process_start_time=PROCESS_START_TIME
+    )
+
+
+def _is_multirun() -> bool:
+    return HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+
+
+def main() -> int:
+    """Run with the arguments of the command line and return the exit code."""
+    arguments = rewrite_arguments(sys.argv[1:])
+    sys.argv[1:] = arguments
+    scratch = tempfile.mkdtemp(prefix="trimtab-")
+    OmegaConf.register_new_resolver("run_name", lambda: run_name(arguments), replace=True)
+    OmegaConf.register_new_resolver("scratch_dir", lambda: scratch, replace=True)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of ending the process
+    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)
+    try:
+        entry()
+    except (ConfigError, TrimtabError) as error:
+        return _report(str(error), error.exit_code)
+    except hydra.errors.HydraException as error:
+        return _report(_first_lines(error), ConfigError.exit_code)
+    except KeyboardInterrupt:
+        return _report("interrupted; the same command resumes from the last checkpoint", 130)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return 0
+
+
+def _first_lines(error: BaseException) -> str:
+    causes = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
+    return "\n".join(text.partition("Config search path:")[0].strip() for text in causes)
+
+
+def _report(message: str, exit_code: int) -> int:
+    """Say what went wrong, once for all ranks of a host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"trimtab: {message}\n")
+    return exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Models: one decoder whose parts are chosen by config, and its initialisation."""

@@ -1,0 +1,1 @@
+"""Spike recovery: detect, decide, journal, rewind."""

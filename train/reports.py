@@ -1,0 +1,98 @@
+"""From device signals to reports, one step late, so that the hot path never waits for the host."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.signals import StepReport, StepSignals
+from train.state import TrainState
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pending:
+    vector: Tensor
+    copied: torch.cuda.Event | None
+    state: TrainState
+    lr: float
+    num_samples: int
+    num_tokens: int
+    data_seconds: float
+    step_seconds: float = 0.0
+
+
+class ReportPipeline:
+    """Holds the signals of the last step until the next one is under way."""
+
+    def __init__(self) -> None:
+        self._pending: _Pending | None = None
+
+    def push(
+        self,
+        state: TrainState,
+        vector: Tensor,
+        *,
+        lr: float,
+        num_samples: int,
+        num_tokens: int,
+        started: float,
+        data_seconds: float,
+        is_flushed: bool,
+    ) -> list[StepReport]:
+        """Take the signals of a step, and return the reports that are ready, oldest first.
+
+        `started`: `time.perf_counter()` when the step had its data. `is_flushed`: wait for this
+        step's own report too (a host sync).
+        """
+        copied = None
+        if vector.is_cuda:
+            host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
+            host.copy_(vector, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            vector = host
+        before, self._pending = self._pending, None
+        reports = [_resolve(before)] if before is not None else []
+        pending = _Pending(
+            vector=vector,
+            copied=copied,
+            state=state,
+            lr=lr,
+            num_samples=num_samples,
+            num_tokens=num_tokens,
+            data_seconds=data_seconds,
+        )
+        if is_flushed:
+            report = _resolve(pending, started)
+            return [*reports, report]
+        pending.step_seconds = time.perf_counter() - started
+        self._pending = pending
+        return reports
+
+    def drain(self) -> list[StepReport]:
+        """Return what is still held (a host sync)."""
+        before, self._pending = self._pending, None
+        return [_resolve(before)] if before is not None else []
+
+    def clear(self) -> None:
+        """Forget what is held: it belongs to steps that were rewound."""
+        self._pending = None
+
+
+def _resolve(pending: _Pending, started: float | None = None) -> StepReport:
+    if pending.copied is not None:
+        pending.copied.synchronize()  # waits for a copy that was issued a step ago
+    values = pending.vector.tolist()
+    seconds = pending.step_seconds if started is None else time.perf_counter() - started
+    return StepReport(
+        state=pending.state,
+        signals=StepSignals.from_vector(values),
+        lr=pending.lr,
+        num_samples=pending.num_samples,
+        num_tokens=pending.num_tokens,
+        step_seconds=seconds,
+        data_seconds=pending.data_seconds,
+    )

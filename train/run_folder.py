@@ -1,0 +1,145 @@
+"""The run folder `runs/<name>/`: made once, shared by all ranks, resumed only by its own config.
+
+config.yaml      the resolved configuration        journal.jsonl   recovery, append-only
+run.json         name, id, attempts, data digest   metrics.jsonl   one line a step
+checkpoints/     one folder each                   events.jsonl    the timeline
+train.log        what rank 0 logged                summary.json, report.html at the end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from train.config import differences
+from train.durable import fsync_folder, write_atomically, write_json
+from train.errors import RunFolderError
+
+_RUN_FILE = "run.json"
+# What the launcher may put there before the run starts.
+_LAUNCHER_FOLDERS = frozenset({"launch", "logs"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """An open run folder; `attempt` counts the starts of this run, from 0."""
+
+    path: Path
+    run_id: str
+    attempt: int
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def journal(self) -> Path:
+        """The recovery journal."""
+        return self.path / "journal.jsonl"
+
+
+def launch_id() -> str:
+    """Return what the launcher calls this launch; empty if there was no launcher."""
+    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        value = os.environ.get(variable, "")
+        if value and value != "none":
+            return value
+    return ""
+
+
+def will_overwrite(path: Path, *, overwrite: bool) -> bool:
+    """Return True if what is in the folder will be removed.
+
+    A restart within the launch that made the folder resumes it, whatever the flag says: otherwise
+    each elastic restart or requeue would throw the run away.
+    """
+    if not overwrite or not (path / _RUN_FILE).exists():
+        return False
+    made_by = json.loads((path / _RUN_FILE).read_text()).get("launch_id", "")
+    return not made_by or made_by != launch_id()
+
+
+def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Refuse a folder that belongs to another config. Reads alone; called before any process group.
+
+    Raises: RunFolderError with one line a key that differs.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError([f"run.name: {path} is a file; choose another run.name or run.dir"])
+    if not (path / _RUN_FILE).exists() or will_overwrite(path, overwrite=overwrite):
+        return
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    except OSError as error:
+        raise RunFolderError(
+            [f"{path}/config.yaml cannot be read ({error.strerror}); set run.overwrite=true"]
+        ) from error
+    assert isinstance(saved, Mapping)
+    lines = differences({str(key): value for key, value in saved.items()}, node)
+    if lines:
+        ways_out = (
+            f"{path} holds a run with another config: use another run.name, or run.overwrite=true "
+            "to start over"
+        )
+        raise RunFolderError([ways_out, *lines])
+
+
+def open_folder(
+    path: Path, name: str, node: Mapping[str, Any], *, overwrite: bool, data_digest: str
+) -> RunFolder:
+    """Make or take up the folder. Called on rank 0 alone, after `check_folder`.
+
+    Raises: RunFolderError if the text of the corpus has changed since the run began.
+    """
+    if will_overwrite(path, overwrite=overwrite):
+        _clear(path)
+    path.mkdir(parents=True, exist_ok=True)
+    run_file = path / _RUN_FILE
+    if run_file.exists():
+        known = json.loads(run_file.read_text())
+        if known["data_digest"] != data_digest:
+            raise RunFolderError(
+                [
+                    f"the corpus has changed since {path} was begun (digest "
+                    f"{known['data_digest'][:12]}, now {data_digest[:12]}): the order of samples "
+                    "would not be the same; bring the text back, or set run.overwrite=true"
+                ]
+            )
+        known["attempts"] += 1
+    else:
+        created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        identity = f"{launch_id()}/{path.resolve()}/{created}"
+        known = {
+            "name": name,
+            "run_id": hashlib.sha256(identity.encode()).hexdigest()[:16],
+            "created_utc": created,
+            "data_digest": data_digest,
+            "attempts": 1,
+        }
+    known["launch_id"] = launch_id()
+    write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node))))
+    write_json(run_file, known)
+    return RunFolder(path=path, run_id=known["run_id"], attempt=known["attempts"] - 1)
+
+
+def _clear(path: Path) -> None:
+    """Remove a run; its identity goes first, so that a kill leaves nothing that looks resumable."""
+    (path / _RUN_FILE).unlink()
+    fsync_folder(path)
+    for entry in path.iterdir():
+        if entry.name in _LAUNCHER_FOLDERS:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

@@ -1,0 +1,324 @@
+"""The shape of the configuration: one flat, frozen dataclass a group, and `RunConfig` over them.
+
+Owns names, types and single-value limits; values live in `conf/`, combinations are checked in
+`config.py`. Imports no torch, so a bad config is refused in well under a second.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, ClassVar
+
+from pydantic import BeforeValidator, ConfigDict, Field
+
+from launch.cluster import ClusterConfig
+from monitoring.trackers import TrackerConfig
+from train.recovery.policy import Rule
+
+REFUSE_UNKNOWN = ConfigDict(extra="forbid")
+
+Count = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AmountUnit(StrEnum):
+    """What an amount of training counts."""
+
+    TOKENS = "tokens"
+    BATCHES = "batches"
+    STEPS = "steps"
+
+
+_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_AMOUNT = re.compile(r"^\s*([\d_]*\.?\d+)\s*([kmbt]?)\s*(tokens|batches|steps)\s*$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """An amount of data: `1B tokens`, `300 batches`, `100 steps` (a step reads one batch)."""
+
+    value: int
+    unit: AmountUnit
+
+    @classmethod
+    def parse(cls, text: object) -> Amount:
+        """Read an amount from the config. Raises: ValueError with the accepted forms."""
+        if isinstance(text, Amount):
+            return text
+        match = _AMOUNT.match(text) if isinstance(text, str) else None
+        if match is None:
+            raise ValueError('expected an amount such as "1B tokens", "300 batches" or "100 steps"')
+        number, multiple, unit = match.groups()
+        value = round(float(number.replace("_", "")) * _MULTIPLES[multiple.lower()])
+        return cls(value, AmountUnit(unit.lower()))
+
+    def scaled(self, factor: float) -> Amount:
+        """Return this amount times `factor`, at least 1."""
+        return Amount(max(1, round(self.value * factor)), self.unit)
+
+    def __str__(self) -> str:
+        return f"{self.value:,} {self.unit}"
+
+
+AmountField = Annotated[Amount, BeforeValidator(Amount.parse)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """`run`: name and folder, length, seed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,=+@-]*$", max_length=200)]
+    dir: str
+    overwrite: bool
+    steps: Count
+    seed: int
+    is_deterministic: bool
+
+
+class Activation(StrEnum):
+    """Activation of the MLP."""
+
+    GELU = "gelu"
+    SWIGLU = "swiglu"
+
+
+class Norm(StrEnum):
+    """Normalisation layer."""
+
+    LAYERNORM = "layernorm"
+    RMSNORM = "rmsnorm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """`model`: the decoder. A family sets the parts, `model/size` the numbers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    hidden_size: Count
+    num_layers: Count
+    num_heads: Count
+    num_kv_heads: Count
+    mlp_multiple: PositiveFloat
+    vocab_size: Count
+    activation: Activation
+    norm: Norm
+    norm_epsilon: PositiveFloat
+    num_block_norms: Annotated[int, Field(ge=1, le=2)]
+    is_parallel: bool
+    has_bias: bool
+    has_tied_embeddings: bool
+    rope_theta: PositiveFloat
+    init_std: PositiveFloat
+
+
+class DataKind(StrEnum):
+    """Where text comes from."""
+
+    STDLIB = "stdlib"
+    FILES = "files"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSettings:
+    """`data`: the corpus and how it is cut into samples."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    kind: DataKind
+    paths: tuple[str, ...]
+    text_key: str
+    sequence_length: Count
+    validation_samples: NonNegative
+    cache_dir: str | None
+
+
+class TokenizerKind(StrEnum):
+    """Which tokenizer."""
+
+    BPE = "bpe"
+    FILE = "file"
+    BYTES = "bytes"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizerSettings:
+    """`tokenizer`: trained on the corpus, read from a `tokenizer.json`, or plain bytes."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    kind: TokenizerKind
+    path: str | None
+    vocab_size: Annotated[int, Field(ge=257)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimSettings:
+    """`optim`: AdamW and the loss it minimises."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    lr: PositiveFloat
+    betas: tuple[Share, Share]
+    epsilon: PositiveFloat
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: PositiveFloat | None
+    z_loss: Annotated[float, Field(ge=0)]
+
+
+class Decay(StrEnum):
+    """Shape of the learning rate after warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSettings:
+    """`schedule`: learning rate and batch size as functions of the step."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    decay: Decay
+    warmup_steps: NonNegative
+    final_lr_ratio: Annotated[float, Field(ge=0, le=1)]
+    batch_samples: Count
+    batch_ramp_start_samples: Count
+    batch_ramp_steps: NonNegative
+    batch_ramp_increment_samples: Count
+
+
+class EngineKind(StrEnum):
+    """How the model is spread over processes."""
+
+    AUTO = "auto"
+    SINGLE = "single"
+    DDP = "ddp"
+    FSDP = "fsdp"
+    DEEPSPEED = "deepspeed"
+
+
+class Device(StrEnum):
+    """Where tensors live."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Precision(StrEnum):
+    """Arithmetic of forward and backward; parameters and moments stay fp32."""
+
+    AUTO = "auto"
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """`engine`: processes, device, precision, DeepSpeed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    kind: EngineKind
+    device: Device
+    precision: Precision
+    micro_batch_samples: Count | None
+    timeout_seconds: PositiveFloat
+    peak_tflops: PositiveFloat | None
+    zero_stage: Annotated[int, Field(ge=1, le=3)]
+    deepspeed: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointSettings:
+    """`checkpoint`: when to save, when to trust, what to keep."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    interval_steps: Count
+    good_after_steps: Count
+    keep_good: Annotated[int, Field(ge=2)]
+    save_at_start: bool
+    save_at_end: bool
+
+
+class Veto(StrEnum):
+    """Which updates the device refuses."""
+
+    AUTO = "auto"
+    OFF = "off"
+    NONFINITE = "nonfinite"
+    OUTLIER = "outlier"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecoverySettings:
+    """`recovery`: the detector, the rule and its amounts."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    rule: Rule
+    veto: Veto
+    skip: AmountField
+    rewind_steps: NonNegative
+    token_scale: PositiveFloat
+    step_scale: PositiveFloat
+    max_rewinds: NonNegative
+    window_steps: Annotated[int, Field(ge=8)]
+    warmup_steps: Annotated[int, Field(ge=4)]
+    threshold_sigma: PositiveFloat
+    persistence_steps: Count
+    max_flagged_steps: Count
+
+    def scaled_skip(self) -> Amount:
+        """The amount to skip, scaled to the size of the run."""
+        is_tokens = self.skip.unit is AmountUnit.TOKENS
+        return self.skip.scaled(self.token_scale if is_tokens else self.step_scale)
+
+    def scaled_rewind_steps(self) -> int:
+        """How many steps before the onset a target lies, scaled to the size of the run."""
+        return round(self.rewind_steps * self.step_scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallbackSettings:
+    """`callbacks`: names of the callbacks that run; each is a module of `train/callbacks`."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    names: tuple[str, ...]
+
+
+class ChaosKind(StrEnum):
+    """Faults that can be put into a run on purpose."""
+
+    NONE = "none"
+    BAD_DATA = "bad_data"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChaosSettings:
+    """`chaos`: a real fault, from a point of the data order on, for a length of it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    kind: ChaosKind
+    start: AmountField
+    length: AmountField
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """The whole configuration of one run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    run: RunSettings
+    model: ModelSettings
+    data: DataSettings
+    tokenizer: TokenizerSettings
+    optim: OptimSettings
+    schedule: ScheduleSettings
+    engine: EngineSettings
+    checkpoint: CheckpointSettings
+    recovery: RecoverySettings
+    tracker: TrackerConfig
+    callbacks: CallbackSettings
+    chaos: ChaosSettings
+    cluster: ClusterConfig
