@@ -57,7 +57,7 @@ class Rewind(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stop(Action):
-    """End the run; `needs_save` asks for a last checkpoint, `is_failure` for a failing exit code."""
+    """End the run; `needs_save` asks for a last checkpoint, `is_failure` for exit code 3."""
 
     reason: str
     needs_save: bool

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ from train.data.stream import OrderedSource, PoisonedSource, SampleSource, Sampl
 from train.distributed import World, join_world
 from train.engines.base import Engine
 from train.engines.build import build_engine
-from train.errors import ConfigError, RunFolderError, StoppedByPolicy
+from train.errors import ConfigError, RunFolderError, StoppedByPolicyError
 from train.events import Callback, Events, RunStart
+from train.logs import log_to_folder
 from train.loop import Ending, Run, train
 from train.models.decoder import flops_per_token
 from train.recovery.journal import Journal
@@ -51,7 +52,7 @@ def execute(
     """Run one job from its first to its last step, or from where it was left.
 
     `node`: the resolved config as plain containers, for the run folder. Called on all ranks.
-    Raises: TrimtabError; StoppedByPolicy if recovery gave up.
+    Raises: TrimtabError; StoppedByPolicyError if recovery gave up.
     """
     corpus = prepare(config.data, config.tokenizer)
     if corpus.vocab_size > config.model.vocab_size:
@@ -61,19 +62,37 @@ def execute(
                 f"{corpus.vocab_size}; set model.vocab_size={corpus.vocab_size}"
             ]
         )
-    store = TokenStore(
+    _token_store(config, corpus)  # too little text is refused before any process group is made
+    torch.use_deterministic_algorithms(config.run.is_deterministic)
+    with join_world(config.engine, job_name=job_name) as world:
+        # The run lives in the frame of this call alone: it must be gone before the group is.
+        _execute_in(world, config, node, corpus, process_start_time)
+
+
+def _execute_in(
+    world: World,
+    config: RunConfig,
+    node: Mapping[str, Any],
+    corpus: CorpusInfo,
+    process_start_time: float,
+) -> None:
+    """Open the folder, build the run, and see it through. A collective."""
+    store = _token_store(config, corpus)
+    folder = _open_folder(config, node, corpus, world)
+    log_to_folder(folder.path)
+    run = _assemble(config, node, world, folder, store, process_start_time)
+    try:
+        _start_and_train(config, world, run, store)
+    finally:
+        run.events.close()
+
+
+def _token_store(config: RunConfig, corpus: CorpusInfo) -> TokenStore:
+    return TokenStore(
         corpus,
         sequence_length=config.data.sequence_length,
         validation_samples=config.data.validation_samples,
     )
-    torch.use_deterministic_algorithms(config.run.is_deterministic)
-    with join_world(config.engine, job_name=job_name) as world:
-        folder = _open_folder(config, node, corpus, world)
-        run = _assemble(config, node, world, folder, store, process_start_time)
-        try:
-            _start_and_train(config, world, run, store)
-        finally:
-            run.events.close()
 
 
 def _open_folder(
@@ -120,7 +139,7 @@ def _assemble(
     stream = SampleStream(
         _source(config, store, schedule), ledger, rank=world.rank, num_ranks=world.size
     )
-    makers = {
+    makers: dict[str, Callable[[], Callback]] = {
         "spike_detection": lambda: SpikeDetection(config.recovery),
         "spike_recovery": lambda: SpikeRecovery(
             config.recovery, checkpoints, schedule, config.data.sequence_length
@@ -219,7 +238,7 @@ def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStor
     run.events.run_end(_summary(config, run, ending, store))
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:
-        raise StoppedByPolicy(ending.stop.reason)
+        raise StoppedByPolicyError(ending.stop.reason)
 
 
 def _summary(config: RunConfig, run: Run, ending: Ending, store: TokenStore) -> dict[str, object]:

@@ -30,6 +30,8 @@ from train.settings import (
     Veto,
 )
 
+_CALLBACKS = Path(__file__).parent / "callbacks"
+
 # Keys that may differ when a run is taken up again: they do not change what is learnt.
 FREE_KEYS = (
     "run.overwrite",
@@ -235,6 +237,10 @@ def _file_problems(config: RunConfig) -> Iterator[str]:
 
 def _recovery_problems(config: RunConfig) -> Iterator[str]:
     recovery, checkpoint = config.recovery, config.checkpoint
+    known = sorted(path.stem for path in _CALLBACKS.glob("[a-z]*.py"))
+    for name in config.callbacks.names:
+        if name not in known:
+            yield f"callbacks.names: there is no callback {name!r}; use some of {known}"
     if recovery.rule is not Rule.NONE:
         if "spike_recovery" not in config.callbacks.names:
             yield (

@@ -6,7 +6,9 @@ several jobs can follow each other in one process (Hydra multirun). A lone proce
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from train.settings import Device, EngineKind, EngineSettings
 
@@ -41,7 +45,7 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self._object_device())
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -62,9 +66,6 @@ class World:
         from torch.distributed.device_mesh import init_device_mesh
 
         return init_device_mesh(self.device.type, (self.size,))
-
-    def _object_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 def launched_size() -> int:
@@ -103,7 +104,7 @@ def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
     timeout = timedelta(seconds=settings.timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-        store=dist.PrefixStore(f"trimtab/{job_name}", _launcher_store()),
+        store=PrefixStore(f"trimtab/{job_name}", _launcher_store()),
         rank=launched_rank(),
         world_size=size,
         timeout=timeout,
@@ -111,14 +112,22 @@ def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
     )
     try:
         yield World(rank=launched_rank(), size=size, device=device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
+        # Whoever drops the last reference to a gloo group runs its destructor, which joins a thread
+        # that may be waiting for the interpreter's lock. Torch's own end of the group lets go of
+        # that lock; DDP's reducer, if it outlives the group, does not, and hangs (seen with 2.13).
+        # So everything that was built on the group is freed first.
+        gc.collect()
         dist.destroy_process_group()
 
 
 @cache
-def _launcher_store() -> dist.Store:
+def _launcher_store() -> Store:
     """Return the launcher's key-value store; one connection serves all jobs of this process."""
     if "MASTER_ADDR" not in os.environ:
-        return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://"))  # type: ignore[no-untyped-call]
+        return HashStore()
+    store: Store = next(rendezvous("env://"))[0]
     return store

@@ -7,7 +7,7 @@
     ├── CheckpointError          1  a checkpoint that cannot be written or read
     │   └── CorruptCheckpointError  a digest, a size or a file of a checkpoint is wrong
     ├── JournalError             1  the recovery journal contradicts the run folder
-    └── StoppedByPolicy          3  recovery gave up, with its reason
+    └── StoppedByPolicyError         3  recovery gave up, with its reason
 
 Exit codes are what launchers read: 2 must not be requeued (it would fail again), 3 needs a person.
 """
@@ -57,7 +57,7 @@ class JournalError(TrimtabError):
     """The recovery journal names something that the run folder does not have."""
 
 
-class StoppedByPolicy(TrimtabError):
+class StoppedByPolicyError(TrimtabError):
     """Recovery has used up its budget; the message says what was tried."""
 
     exit_code = 3

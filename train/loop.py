@@ -75,7 +75,7 @@ def train(run: Run, state: TrainState) -> Ending:
         if isinstance(action, Stop):
             return _stop(run, state, action)
         state = _perform(run, state, action, reports)
-    if run.saves_at_end and all(info.clock != state.clock for info in run.store.list()):
+    if run.saves_at_end and all(info.clock != state.clock for info in run.store.entries()):
         save(run, state, Health.CANDIDATE)
     return Ending(state=state)
 

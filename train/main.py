@@ -12,7 +12,6 @@ import time
 
 PROCESS_START_TIME = time.time()
 
-import logging
 import os
 import shutil
 import sys
@@ -32,7 +31,6 @@ from omegaconf import DictConfig, OmegaConf
 from train.errors import ConfigError, TrimtabError
 
 CONF = ROOT / "conf"
-logger = logging.getLogger("train")
 
 
 def rewrite_arguments(arguments: list[str]) -> list[str]:
@@ -77,35 +75,18 @@ def _swept_keys(arguments: list[str]) -> set[str]:
     return {o.key_or_group for o in overrides if o.is_sweep_override()}
 
 
-def configure_logging(folder: Path) -> None:
-    """Send rank 0's records to the run's log; warnings of every rank go to stderr too."""
-    root = logging.getLogger()
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
-    rank = os.environ.get("RANK", "0")
-    line = f"%(asctime)s rank {rank} %(levelname)s %(name)s: %(message)s"
-    console.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    root.addHandler(console)
-    root.setLevel(logging.INFO if rank == "0" else logging.WARNING)
-    if rank == "0" and folder.is_dir():
-        to_file = logging.FileHandler(folder / "train.log")
-        to_file.setFormatter(logging.Formatter(line))
-        root.addHandler(to_file)
-
-
 def run_job(node: DictConfig) -> None:
     """Check one composed config and execute it. Called by Hydra, once a job."""
     from train.config import parse_config
+    from train.logs import log_to_console
     from train.run_folder import check_folder
 
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     folder = Path(config.run.dir) / config.run.name
     check_folder(folder, plain, overwrite=config.run.overwrite)
-    configure_logging(folder)
-    number = HydraConfig.get().job.get("num", 0) if _is_multirun() else 0
+    log_to_console()
+    number = HydraConfig.get().job.num if _is_multirun() else 0
     from train.build import execute
 
     execute(

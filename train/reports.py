@@ -51,7 +51,7 @@ class ReportPipeline:
         if vector.is_cuda:
             host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True)
             host.copy_(vector, non_blocking=True)
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch lacks the annotation
             copied.record()
             vector = host
         before, self._pending = self._pending, None

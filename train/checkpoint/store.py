@@ -64,7 +64,7 @@ class CheckpointStore:
             )
         self._catalogue = self._world.broadcast(catalogue)
 
-    def list(self) -> list[CheckpointInfo]:
+    def entries(self) -> list[CheckpointInfo]:
         """Return all checkpoints, oldest clock first."""
         return list(self._catalogue)
 
@@ -221,7 +221,7 @@ class CheckpointStore:
         good = self.trusted(Health.GOOD)
         kept_good = {info.name for info in good[-self._keep_good :]}
         newest_good_clock = good[-1].clock if good else -1
-        for info in self.list():
+        for info in self.entries():
             is_live_candidate = (
                 info.health is Health.CANDIDATE and info.clock >= newest_good_clock
             ) or info.clock == self._catalogue[-1].clock

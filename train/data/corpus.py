@@ -292,6 +292,7 @@ class _Encoder:
                 yield [*text.encode(), _BYTES_END_OF_DOCUMENT]
             return
         end = self._tokenizer.token_to_id(END_OF_DOCUMENT)
+        assert end is not None, "every tokenizer here has the separator"
         for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             yield [*encoding.ids, end]
 

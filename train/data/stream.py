@@ -51,10 +51,11 @@ class OrderedSource:
 
 
 class PoisonedSource:
-    """A source one stretch of which is bad, as a bad shard is: long runs of a few repeated tokens.
+    """A source one stretch of which is bad, as a shard tokenised with another tokenizer is.
 
-    The poison depends on the seed and the index alone, so a rewind that does not skip meets it
-    again, and any number of ranks sees the same.
+    There, each token stands for another one, always the same, so it looks like language and is
+    learnt as such. It depends on the seed and the index alone: a rewind that does not skip meets
+    it again, and any number of ranks sees the same.
     """
 
     def __init__(
@@ -62,15 +63,13 @@ class PoisonedSource:
     ) -> None:
         self._source = source
         self._start, self._stop = start, stop
-        self._vocab_size = vocab_size
-        self._seed = seed
+        self._foreign_tokens = np.random.default_rng(seed).permutation(vocab_size)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         """Return the tokens at global `indices`, poisoned ones among them."""
         rows = self._source.rows(indices)
-        for position in np.flatnonzero((indices >= self._start) & (indices < self._stop)):
-            generator = np.random.default_rng([self._seed, int(indices[position])])
-            rows[position] = generator.integers(0, self._vocab_size, rows.shape[1])
+        is_bad = (indices >= self._start) & (indices < self._stop)
+        rows[is_bad] = self._foreign_tokens[rows[is_bad]]
         return rows
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from train.distributed import World, resolve_engine
 from train.engines import ddp, fsdp
 from train.engines.base import Engine
-from train.engines.optimizer import make_optimizer
+from train.engines.optimizer import make_optimizer, materialise_state
 from train.engines.single import SingleEngine
 from train.models.decoder import Decoder
 from train.models.init import initialise
@@ -38,11 +38,13 @@ def build_engine(config: RunConfig, world: World) -> Engine:
         )
     classes = {EngineKind.SINGLE: SingleEngine, EngineKind.DDP: ddp.DdpEngine}
     module: nn.Module = ddp.wrap(model, world) if kind is EngineKind.DDP else model
+    optimizer = make_optimizer(model, config.optim)
+    materialise_state(optimizer)
     return classes.get(kind, fsdp.FsdpEngine)(
         name=str(kind),
         module=module,
         model=model,
-        optimizer=make_optimizer(model, config.optim),
+        optimizer=optimizer,
         world=world,
         optim=config.optim,
         micro_batch_samples=config.engine.micro_batch_samples,

@@ -14,9 +14,7 @@ from train.models.decoder import Decoder
 def wrap(model: Decoder, world: World) -> DistributedDataParallel:
     """Return `model` with gradient averaging; a collective."""
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 class DdpEngine(TorchEngine):

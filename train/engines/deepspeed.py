@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from train.distributed import World
 from train.engines.optimizer import make_optimizer
-from train.engines.torch_engine import parameter_groups, to_device
+from train.engines.torch_engine import to_device
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import EngineSettings, OptimSettings
@@ -72,6 +73,8 @@ def _import_deepspeed(device: torch.device) -> Any:
     # killed build hangs every later start; gloo does the same work.
     __compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It still calls collectives by names that torch is renaming; nothing here can change that.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed")
     return deepspeed
 
 
@@ -94,7 +97,6 @@ class DeepSpeedEngine:
         self.num_parameters = num_parameters(model)
         self.group_names: tuple[str, ...] = ()
         self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
-        parameter_groups(model)
         optimizer = make_optimizer(model, optim)
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False)
         self._engine, *_ = deepspeed.initialize(
@@ -113,7 +115,7 @@ class DeepSpeedEngine:
         """See `Engine.step`; the gate is ignored."""
         del gate
         tokens = to_device(rows, self._world.device)
-        chunks = tokens.split(self._micro_batch_samples or len(tokens))
+        chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
         scale = self._world.size / num_tokens
         loss_sum = torch.zeros(1, dtype=torch.float64, device=self._world.device)
         for group in self._engine.optimizer.param_groups:
@@ -139,7 +141,8 @@ class DeepSpeedEngine:
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         self._engine.eval()
         with torch.no_grad():
-            for chunk in to_device(mine, self._world.device).split(self._micro_batch_samples or 16):
+            tokens = to_device(mine, self._world.device)
+            for chunk in torch.split(tokens, self._micro_batch_samples or 16):
                 cross_entropy, _ = self._engine(chunk)
                 total[0] += cross_entropy
                 total[1] += chunk.shape[0] * (chunk.shape[1] - 1)

@@ -22,3 +22,18 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
         eps=settings.epsilon,
         fused=True,
     )
+
+
+def materialise_state(optimizer: torch.optim.AdamW) -> None:
+    """Make moments and step counters now, at zero, as the first step would.
+
+    torch.distributed.checkpoint needs them to exist, and would make them by a step of its own,
+    which leaves the counters at 1: saving before the first step would change the training.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }

@@ -9,9 +9,11 @@ along as `grad_scale`, so it costs no pass over the gradients of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,7 +92,7 @@ class TorchEngine:
     ) -> Tensor:
         """See `Engine.step`."""
         tokens = to_device(rows, self._world.device)
-        chunks = tokens.split(self._micro_batch_samples or len(tokens))
+        chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
         # Wrapped models average gradients over the ranks; losses here are parts of one global sum.
         scale = self._world.size / num_tokens
         loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
@@ -133,7 +135,7 @@ class TorchEngine:
         is_vetoed = (~passes).double() if self._has_veto else torch.zeros_like(loss)
         return torch.cat((loss, grad_norm, is_vetoed, reduced[1:].sqrt()))
 
-    def _local_gradients(self) -> Sequence[Tensor]:
+    def _local_gradients(self) -> list[Tensor]:
         gradients = []
         for parameter in self.model.parameters():
             gradient = parameter.grad
@@ -158,7 +160,7 @@ class TorchEngine:
         tokens = to_device(mine, self._world.device)
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
-            for chunk in tokens.split(self._micro_batch_samples or 16):
+            for chunk in torch.split(tokens, self._micro_batch_samples or 16):
                 with self._autocast():
                     cross_entropy, _ = self._module(chunk)
                 total[0] += cross_entropy
@@ -169,19 +171,23 @@ class TorchEngine:
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer through torch.distributed.checkpoint."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
-        writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
-        dcp.save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
+        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
+        with _quiet():
+            save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
 
     def load(self, folder: Path) -> None:
         """Read model and optimizer; the number of ranks may differ from that of `save`."""
-        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         state = self._state()
-        reader = dcp.FileSystemReader(folder)
-        dcp.load(state, storage_reader=reader, no_dist=self._world.size == 1)
+        with _quiet():
+            reader = FileSystemReader(folder)
+            load(state, storage_reader=reader, no_dist=self._world.size == 1)
         set_state_dict(
             self._module,
             self.optimizer,
@@ -190,7 +196,7 @@ class TorchEngine:
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
 
-    def _state(self) -> dict[str, dict[str, object]]:
+    def _state(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         # A veto left over from the last step would keep moments from being made here.
@@ -201,3 +207,11 @@ class TorchEngine:
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
         return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence torch's remark that a lone process saves alone; it is meant to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", append=False)
+        yield

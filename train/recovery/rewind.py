@@ -56,7 +56,7 @@ class Rewinder:
 
     def rewind(self, action: Rewind, present: TrainState) -> tuple[TrainState, Incident]:
         """Go back as `action` says and return the state to go on from, and the journal's entry."""
-        target = next(info for info in self._store.list() if info.name == action.target)
+        target = next(info for info in self._store.entries() if info.name == action.target)
         skip = action.skip_range(present.cursor)
         intent = Incident(
             incident=present.rewinds + 1,
@@ -71,7 +71,9 @@ class Rewinder:
             target_checkpoint=target.name,
             target_step=target.step,
             skip=(skip.start, skip.stop),
-            quarantine=tuple(info.name for info in self._store.list() if info.clock > target.clock),
+            quarantine=tuple(
+                info.name for info in self._store.entries() if info.clock > target.clock
+            ),
         )
         self._write(intent)
         return self._finish(intent)
@@ -90,9 +92,9 @@ class Rewinder:
         if open_intent is not None:
             logger.warning("finishing incident %d, cut short before", open_intent.incident)
             state, done = self._finish(open_intent)
-            target = next(i for i in self._store.list() if i.name == done.target_checkpoint)
+            target = next(i for i in self._store.entries() if i.name == done.target_checkpoint)
             return Resumed(state=state, checkpoint=target, finished_incident=done)
-        usable = [info for info in self._store.list() if info.health is not Health.QUARANTINED]
+        usable = [info for info in self._store.entries() if info.health is not Health.QUARANTINED]
         if not usable:
             return None
         info, extra = self._load_first(usable[::-1])
@@ -104,7 +106,7 @@ class Rewinder:
 
     def _finish(self, intent: Incident) -> tuple[TrainState, Incident]:
         """Do what an intent says, from the load on; doing it twice does it once."""
-        by_name = {info.name: info for info in self._store.list()}
+        by_name = {info.name: info for info in self._store.entries()}
         if intent.target_checkpoint not in by_name:
             raise JournalError(
                 f"incident {intent.incident} wants to go back to {intent.target_checkpoint}, which "

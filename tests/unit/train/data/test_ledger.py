@@ -1,0 +1,112 @@
+"""The skip ledger against a plain set of integers."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+
+from train.data.ledger import SkipLedger
+from train.state import BatchRange
+
+SPACE = 120
+
+
+def random_ranges(seed: int) -> list[tuple[int, int]]:
+    source = random.Random(seed)
+    starts = [source.randrange(SPACE) for _ in range(source.randrange(1, 12))]
+    return [(start, start + source.randrange(0, 20)) for start in starts]
+
+
+def naive(ranges: list[tuple[int, int]]) -> set[int]:
+    return {index for start, stop in ranges for index in range(start, stop)}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ledger_is_the_union_of_what_was_added(seed: int) -> None:
+    ranges = random_ranges(seed)
+    ledger, expected = SkipLedger(ranges), naive(ranges)
+    assert [index for index in range(SPACE + 30) if index in ledger] == sorted(expected)
+    assert ledger.num_samples() == len(expected)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ranges_are_disjoint_sorted_and_do_not_touch(seed: int) -> None:
+    ranges = SkipLedger(random_ranges(seed)).ranges()
+    assert all(start < stop for start, stop in ranges)
+    assert all(before[1] < after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_order_of_adding_does_not_matter_and_adding_twice_is_adding_once(seed: int) -> None:
+    ranges = random_ranges(seed)
+    ledger = SkipLedger(ranges)
+    assert SkipLedger([*ranges[::-1], *ranges]).ranges() == ledger.ranges()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_take_returns_the_next_samples_that_are_not_skipped(seed: int) -> None:
+    ranges = random_ranges(seed)
+    ledger, skipped = SkipLedger(ranges), naive(ranges)
+    source = random.Random(-seed - 1)
+    for _ in range(20):
+        cursor, count = source.randrange(SPACE + 10), source.randrange(1, 40)
+        indices, next_cursor = ledger.take(cursor, count)
+        expected = [i for i in range(cursor, cursor + SPACE + 100) if i not in skipped][:count]
+        assert indices.tolist() == expected
+        assert next_cursor == expected[-1] + 1
+        assert indices.dtype == np.int64
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_split_into_batches_takes_the_same_samples(seed: int) -> None:
+    ledger = SkipLedger(random_ranges(seed))
+    whole, end = ledger.take(0, 60)
+    source, cursor, pieces, left = random.Random(seed), 0, [], 60
+    while left:
+        count = min(left, source.randrange(1, 9))
+        piece, cursor = ledger.take(cursor, count)
+        pieces.append(piece)
+        left -= count
+    assert np.concatenate(pieces).tolist() == whole.tolist()
+    assert cursor == end
+
+
+def test_empty_ledger_skips_nothing() -> None:
+    ledger = SkipLedger()
+    indices, cursor = ledger.take(5, 3)
+    assert indices.tolist() == [5, 6, 7]
+    assert cursor == 8
+    assert 5 not in ledger
+    assert ledger.num_samples() == 0
+
+
+def test_empty_range_adds_nothing() -> None:
+    assert SkipLedger([(4, 4)]).ranges() == []
+
+
+def test_ranges_that_touch_are_merged() -> None:
+    assert SkipLedger([(0, 4), (8, 10), (4, 8)]).ranges() == [(0, 10)]
+
+
+def test_skip_of_a_trillion_samples_is_crossed_at_once() -> None:
+    ledger = SkipLedger([(10, 10 + 10**12)])
+    indices, cursor = ledger.take(8, 4)
+    assert indices.tolist() == [8, 9, 10 + 10**12, 11 + 10**12]
+    assert cursor == 12 + 10**12
+    assert ledger.num_samples() == 10**12
+
+
+def test_added_range_holds_for_the_next_take() -> None:
+    ledger = SkipLedger()
+    _, cursor = ledger.take(0, 8)
+    ledger.add(BatchRange(start=4, stop=20))
+    assert ledger.take(cursor, 2)[0].tolist() == [20, 21]
+
+
+def test_ranges_survive_json() -> None:
+    ledger = SkipLedger([(3, 9), (20, 21)])
+    again = json.loads(json.dumps(ledger.ranges()))
+    assert SkipLedger((start, stop) for start, stop in again).ranges() == ledger.ranges()

@@ -1,0 +1,142 @@
+"""The token store: how tokens become samples, and what is wrong with a damaged one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.data.ledger import SkipLedger
+from train.data.order import SampleOrder
+from train.data.store import CorpusInfo, TokenStore
+from train.data.stream import OrderedSource, PoisonedSource, SampleStream
+from train.errors import DataError
+
+LENGTH = 4
+
+
+def corpus(folder: Path, num_tokens: int) -> CorpusInfo:
+    np.arange(num_tokens, dtype=np.uint16).tofile(folder / "tokens.bin")
+    return CorpusInfo(
+        folder=folder,
+        digest="d",
+        num_tokens=num_tokens,
+        num_documents=1,
+        vocab_size=1000,
+        dtype="uint16",
+    )
+
+
+def store(folder: Path, num_tokens: int = 43, *, held_out: int = 0) -> TokenStore:
+    info = corpus(folder, num_tokens)
+    return TokenStore(info, sequence_length=LENGTH, validation_samples=held_out)
+
+
+# Store.
+
+
+def test_neighbouring_samples_share_one_token(tmp_path: Path) -> None:
+    rows = store(tmp_path).rows(np.array([0, 1, 3], dtype=np.int64))
+    assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [12, 13, 14, 15, 16]]
+
+
+@pytest.mark.parametrize(("num_tokens", "num_samples"), [(5, 1), (8, 1), (9, 2), (43, 10)])
+def test_each_token_but_the_first_is_predicted_once(
+    tmp_path: Path, num_tokens: int, num_samples: int
+) -> None:
+    made = store(tmp_path, num_tokens)
+    assert made.num_samples == num_samples
+    rows = made.rows(np.arange(num_samples, dtype=np.int64))
+    assert rows[:, 1:].ravel().tolist() == list(range(1, num_samples * LENGTH + 1))
+
+
+def test_validation_samples_never_appear_in_training_rows(tmp_path: Path) -> None:
+    made = store(tmp_path, held_out=3)
+    held_out = set(made.validation_rows()[:, 1:].ravel().tolist())
+    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
+    trained = source.rows(np.arange(5 * made.num_samples, dtype=np.int64))
+    assert len(held_out) == 3 * LENGTH
+    assert not held_out & set(trained[:, 1:].ravel().tolist())
+
+
+def test_no_validation_samples_are_no_rows(tmp_path: Path) -> None:
+    assert store(tmp_path).validation_rows().shape == (0, LENGTH + 1)
+
+
+def test_too_little_text_is_refused_with_the_keys(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"which make 10 samples of data\.sequence_length=4") as why:
+        store(tmp_path, held_out=10)
+    assert "data.validation_samples=10 are held out: nothing is left to train on" in str(why.value)
+
+
+@pytest.mark.parametrize("num_bytes", [80, 81, 0], ids=["whole tokens", "half a token", "nothing"])
+def test_truncated_tokens_are_refused_with_the_folder_to_delete(
+    tmp_path: Path, num_bytes: int
+) -> None:
+    info = corpus(tmp_path, 43)
+    info.tokens_path.write_bytes(info.tokens_path.read_bytes()[:num_bytes])
+    with pytest.raises(DataError, match=f"delete {tmp_path} and it is made anew"):
+        TokenStore(info, sequence_length=LENGTH, validation_samples=0)
+
+
+def test_missing_tokens_are_refused_with_the_folder_to_delete(tmp_path: Path) -> None:
+    info = corpus(tmp_path, 43)
+    info.tokens_path.unlink()
+    with pytest.raises(DataError, match=f"delete {tmp_path} and it is made anew"):
+        TokenStore(info, sequence_length=LENGTH, validation_samples=0)
+
+
+# Stream.
+
+
+def stream(
+    made: TokenStore, ledger: SkipLedger | None = None, *, rank: int = 0, num_ranks: int = 1
+) -> SampleStream:
+    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
+    return SampleStream(source, ledger or SkipLedger(), rank=rank, num_ranks=num_ranks)
+
+
+def test_batch_tells_where_the_next_one_begins_and_how_much_it_predicts(tmp_path: Path) -> None:
+    batch = stream(store(tmp_path)).at(6, 4)
+    assert batch.indices.tolist() == [6, 7, 8, 9]
+    assert batch.next_cursor == 10
+    assert batch.num_tokens == 4 * LENGTH
+    assert batch.rows.shape == (4, LENGTH + 1)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_together_hold_the_rows_of_one(tmp_path: Path, num_ranks: int) -> None:
+    made = store(tmp_path)
+    whole = stream(made).at(3, 4)
+    parts = [stream(made, rank=rank, num_ranks=num_ranks).at(3, 4) for rank in range(num_ranks)]
+    assert np.array_equal(np.concatenate([part.rows for part in parts]), whole.rows)
+    assert {part.next_cursor for part in parts} == {whole.next_cursor}
+    assert {part.num_tokens for part in parts} == {whole.num_tokens}
+
+
+def test_skipped_samples_never_come(tmp_path: Path) -> None:
+    skipping = stream(store(tmp_path), SkipLedger([(5, 9)]))
+    batch = skipping.at(4, 3)
+    assert batch.indices.tolist() == [4, 9, 10]
+    plain = stream(store(tmp_path))
+    assert batch.rows[1:].tolist() == plain.at(9, 2).rows.tolist()
+
+
+def test_poison_stays_in_its_stretch_and_comes_again(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    order = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
+    poisoned = PoisonedSource(order, start=5, stop=8, vocab_size=1000, seed=1)
+    indices = np.arange(10, dtype=np.int64)
+    bad, good = poisoned.rows(indices), order.rows(indices)
+    differs = (bad != good).any(axis=1)
+    assert np.flatnonzero(differs).tolist() == [5, 6, 7]
+    assert np.array_equal(poisoned.rows(indices[6:7]), bad[6:7])
+    assert np.array_equal(order.rows(indices), good)
+
+
+def test_poison_takes_any_seed(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    order = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=-1))
+    poisoned = PoisonedSource(order, start=0, stop=1, vocab_size=1000, seed=-1)
+    assert poisoned.rows(np.array([0], dtype=np.int64)).shape == (1, LENGTH + 1)

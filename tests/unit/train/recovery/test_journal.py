@@ -1,0 +1,169 @@
+"""The journal under what disks and kills do to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from train.errors import JournalError
+from train.recovery.journal import Incident, Journal, Phase, finished, now_utc, pending
+from train.state import BatchRange
+
+INTENT = Incident(
+    incident=1,
+    phase=Phase.INTENT,
+    time="2026-01-01T00:00:00.000+00:00",
+    rule="falcon",
+    reason='a "quoted" reason, with ü',
+    verdict="spike",
+    onset_step=50,
+    detected_step=52,
+    clock=53,
+    target_checkpoint="step-00000040-clock-00000040",
+    target_step=40,
+    skip=(640, 900),
+    quarantine=("step-00000050-clock-00000050",),
+)
+DONE = replace(INTENT, phase=Phase.DONE)
+SECOND = replace(INTENT, incident=2, clock=70, quarantine=())
+
+
+def journal_of(folder: Path, *incidents: Incident) -> Journal:
+    journal = Journal(folder / "journal.jsonl")
+    for incident in incidents:
+        journal.append(incident)
+    return journal
+
+
+def sealed_line(record: dict[str, object]) -> str:
+    body = json.dumps(record, sort_keys=True)
+    return json.dumps({**record, "crc": f"{zlib.crc32(body.encode()):08x}"}) + "\n"
+
+
+def test_journal_that_does_not_exist_is_empty(tmp_path: Path) -> None:
+    assert Journal(tmp_path / "journal.jsonl").read() == []
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE, SECOND)
+    assert journal.read() == [INTENT, DONE, SECOND]
+    assert Journal(journal.path).read()[0].skip_range == BatchRange(start=640, stop=900)
+
+
+def test_append_leaves_earlier_lines_as_they_were(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT)
+    before = journal.path.read_bytes()
+    journal.append(DONE)
+    assert journal.path.read_bytes().startswith(before)
+
+
+def test_any_torn_last_line_is_a_record_that_was_never_written(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    whole = journal.path.read_bytes()
+    first_line = whole.index(b"\n") + 1
+    for length in range(first_line, len(whole) - 1):
+        journal.path.write_bytes(whole[:length])
+        assert journal.read() == [INTENT], length
+
+
+def test_record_whose_newline_alone_is_missing_counts(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    journal.path.write_bytes(journal.path.read_bytes().rstrip(b"\n"))
+    assert journal.read() == [INTENT, DONE]
+
+
+def test_append_after_a_torn_line_starts_a_line_of_its_own(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    journal.path.write_bytes(journal.path.read_bytes()[:-30])
+    journal.append(SECOND)
+    assert journal.read() == [INTENT, SECOND]
+
+
+def test_append_to_an_empty_file_writes_no_blank_line(tmp_path: Path) -> None:
+    (tmp_path / "journal.jsonl").touch()
+    assert journal_of(tmp_path, INTENT).path.read_text().count("\n") == 1
+
+
+def test_any_flipped_byte_leaves_its_record_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    whole = journal.path.read_bytes()
+    second_line = whole.index(b"\n") + 1
+    caplog.set_level(logging.WARNING)
+    for position in range(second_line, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x01
+        journal.path.write_bytes(damaged)
+        caplog.clear()
+        assert journal.read() in ([INTENT], [INTENT, DONE]), position
+        if journal.read() == [INTENT]:
+            assert "left out" in caplog.text
+
+
+def test_flipped_byte_in_a_number_fails_the_checksum(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    text = journal.path.read_text()
+    journal.path.write_text(text.replace('"clock": 53', '"clock": 52', 1))
+    assert journal.read() == [DONE]
+    assert f"{journal.path}:1 fails its checksum and was left out" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["[]", "5", "null", '"text"', "{}", "\x00\x00"])
+def test_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
+    journal = journal_of(tmp_path, INTENT)
+    with journal.path.open("a") as file:
+        file.write(f"{line}\n")
+    assert journal.read() == [INTENT]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"phase": "thinking"},
+        {"skip": [1]},
+        {"skip": None},
+        {"skip": ["a", "b"]},
+        {"unknown": 1},
+        {"quarantine": None},
+    ],
+)
+def test_whole_record_of_another_format_is_an_error_that_names_the_line(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    journal = journal_of(tmp_path, INTENT)
+    with journal.path.open("a") as file:
+        file.write(sealed_line({**asdict(INTENT), **change}))
+    with pytest.raises(JournalError, match=r"journal\.jsonl:2 is whole but not a record"):
+        journal.read()
+
+
+def test_record_that_lacks_a_field_is_an_error(tmp_path: Path) -> None:
+    record = asdict(INTENT)
+    del record["clock"]
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.path.write_text(sealed_line(record))
+    with pytest.raises(JournalError, match="another version of Trimtab"):
+        journal.read()
+
+
+def test_intent_without_done_is_pending() -> None:
+    assert pending([]) is None
+    assert pending([INTENT]) == INTENT
+    assert pending([INTENT, DONE]) is None
+    assert pending([INTENT, DONE, SECOND]) == SECOND
+
+
+def test_only_done_records_are_finished() -> None:
+    assert finished([INTENT, DONE, SECOND]) == [DONE]
+
+
+def test_time_is_utc() -> None:
+    assert now_utc().endswith("+00:00")
