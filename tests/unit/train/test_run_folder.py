@@ -1,0 +1,180 @@
+"""The run folder: made, taken up again, refused, started over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from train.errors import RunFolderError
+from train.run_folder import RunFolder, check_folder, launch_id, open_folder, will_overwrite
+
+NODE: dict[str, Any] = {
+    "run": {"name": "r", "seed": 1, "overwrite": False},
+    "optim": {"lr": 3e-3, "betas": [0.9, 0.95], "epsilon": 1e-8},
+    "engine": {"kind": "auto", "deepspeed": {}},
+    "data": {"paths": ["a b", "1e-3", "null", "~"], "cache_dir": None},
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def changed(**groups: dict[str, Any]) -> dict[str, Any]:
+    return {name: {**NODE[name], **groups.get(name, {})} for name in NODE}
+
+
+def start(
+    path: Path, node: dict[str, Any] = NODE, *, overwrite: bool = False, digest: str = "d" * 64
+) -> RunFolder:
+    check_folder(path, node, overwrite=overwrite)
+    return open_folder(path, "r", node, overwrite=overwrite, data_digest=digest)
+
+
+def test_folder_is_made_with_its_config_and_identity(tmp_path: Path) -> None:
+    folder = start(tmp_path / "runs" / "r")
+    assert folder.attempt == 0
+    assert folder.path == tmp_path / "runs" / "r"
+    identity = json.loads((folder.path / "run.json").read_text())
+    assert identity["run_id"] == folder.run_id
+    assert identity["name"] == "r"
+    assert (folder.path / "config.yaml").exists()
+    assert folder.checkpoints.parent == folder.journal.parent == folder.path
+
+
+def test_same_config_takes_the_run_up_again(tmp_path: Path) -> None:
+    first = start(tmp_path / "r")
+    (first.path / "metrics.jsonl").write_text("kept")
+    second, third = start(tmp_path / "r"), start(tmp_path / "r")
+    assert (first.attempt, second.attempt, third.attempt) == (0, 1, 2)
+    assert first.run_id == second.run_id == third.run_id
+    assert (first.path / "metrics.jsonl").read_text() == "kept"
+
+
+def test_runs_have_ids_of_their_own(tmp_path: Path) -> None:
+    assert start(tmp_path / "a").run_id != start(tmp_path / "b").run_id
+
+
+def test_keys_that_change_nothing_learnt_may_differ(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    node = changed(engine={"kind": "fsdp"}, data={"cache_dir": "/elsewhere"})
+    assert start(tmp_path / "r", node).attempt == 1
+    assert "fsdp" in (tmp_path / "r" / "config.yaml").read_text()
+
+
+def test_another_config_is_refused_with_each_key_that_differs(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    node = changed(run={"seed": 2}, optim={"betas": [0.9, 0.99]}, engine={"kind": "ddp"})
+    with pytest.raises(RunFolderError) as caught:
+        check_folder(tmp_path / "r", node, overwrite=False)
+    first, *keys = caught.value.problems
+    assert "holds a run with another config: use another run.name, or run.overwrite=true" in first
+    assert keys == [
+        "optim.betas: the folder has [0.9, 0.95], now [0.9, 0.99]",
+        "run.seed: the folder has 1, now 2",
+    ]
+    assert caught.value.exit_code == 2
+
+
+def test_refusal_changes_nothing(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    before = {path: path.read_bytes() for path in (tmp_path / "r").iterdir()}
+    with pytest.raises(RunFolderError):
+        start(tmp_path / "r", changed(run={"seed": 2}))
+    assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
+
+
+def test_overwrite_starts_over_and_keeps_what_the_launcher_put_there(tmp_path: Path) -> None:
+    first = start(tmp_path / "r")
+    first.checkpoints.mkdir()
+    (first.checkpoints / "old").write_text("old")
+    (first.path / "metrics.jsonl").write_text("old")
+    (first.path / "link").symlink_to(tmp_path)
+    (first.path / "logs").mkdir()
+    (first.path / "logs" / "1.out").write_text("kept")
+    second = start(tmp_path / "r", changed(run={"seed": 2}), overwrite=True)
+    assert second.attempt == 0
+    assert second.run_id != first.run_id
+    names = sorted(path.name for path in second.path.iterdir())
+    assert names == ["config.yaml", "logs", "run.json"]
+    assert (second.path / "logs" / "1.out").read_text() == "kept"
+    assert tmp_path.exists()
+
+
+@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+def test_overwrite_within_the_launch_that_made_it_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "launch-1")
+    first = start(tmp_path / "r", overwrite=True)
+    again = start(tmp_path / "r", overwrite=True)
+    assert (again.attempt, again.run_id) == (1, first.run_id)
+    monkeypatch.setenv(variable, "launch-2")
+    assert start(tmp_path / "r", overwrite=True).attempt == 0
+
+
+def test_elastic_restart_without_a_run_id_does_not_start_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    first = start(tmp_path / "r", overwrite=True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = start(tmp_path / "r", overwrite=True)
+    assert (again.attempt, again.run_id) == (1, first.run_id)
+
+
+def test_launch_resumed_by_another_launch_is_then_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    start(tmp_path / "r")
+    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    assert start(tmp_path / "r").attempt == 1
+    assert start(tmp_path / "r", overwrite=True).attempt == 2
+
+
+def test_launch_without_a_name_of_its_own_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch_id() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert launch_id() == ""
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert launch_id() == "77"
+
+
+def test_folder_without_a_run_is_not_overwritten_but_used(tmp_path: Path) -> None:
+    (tmp_path / "r" / "logs").mkdir(parents=True)
+    assert not will_overwrite(tmp_path / "r", overwrite=True)
+    assert start(tmp_path / "r", overwrite=True).attempt == 0
+
+
+def test_run_killed_while_it_was_cleared_does_not_look_like_a_run(tmp_path: Path) -> None:
+    first = start(tmp_path / "r")
+    (first.path / "run.json").unlink()
+    check_folder(first.path, changed(run={"seed": 2}), overwrite=False)
+
+
+def test_changed_corpus_is_refused(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    with pytest.raises(RunFolderError, match="the corpus has changed since") as caught:
+        start(tmp_path / "r", digest="e" * 64)
+    assert "(digest dddddddddddd, now eeeeeeeeeeee)" in str(caught.value)
+    assert start(tmp_path / "r", digest="e" * 64, overwrite=True).attempt == 0
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r").write_text("")
+    with pytest.raises(RunFolderError, match="is a file; choose another run.name or run.dir"):
+        check_folder(tmp_path / "r", NODE, overwrite=False)
+
+
+def test_run_without_its_config_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    (tmp_path / "r" / "config.yaml").unlink()
+    with pytest.raises(RunFolderError, match="set run.overwrite=true"):
+        check_folder(tmp_path / "r", NODE, overwrite=False)
