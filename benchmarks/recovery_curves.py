@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -19,11 +20,21 @@ sys.path.insert(0, str(ROOT))
 from monitoring.comparison import Curve, write_comparison  # noqa: E402
 from monitoring.records import number, read_run  # noqa: E402
 
+COLORS = {
+    "no fault": "#98a1b2",
+    "fault, nothing acts": "#d4352c",
+    "fault, Trimtab recovers": "#1f9d66",
+}
 RUNS = {
     "no fault": ["chaos=none"],
     "fault, nothing acts": ["chaos=bad_data", "recovery=none"],
     "fault, Trimtab recovers": ["chaos=bad_data"],
 }
+
+
+def running_mean(values: list[float], width: int = 5) -> list[float]:
+    """Return the mean of each value and the few before it, to make the end of a run readable."""
+    return [fmean(values[max(0, end - width) : end]) for end in range(1, len(values) + 1)]
 
 
 def train(folder: Path, name: str, overrides: list[str]) -> dict[str, float]:
@@ -54,7 +65,14 @@ def main() -> None:
             records = read_run(Path(scratch) / name).curve
             points = [(r["clock"], number(r, "loss_nats")) for r in records]
             kept = [(float(x), y) for x, y in points if y is not None]
-            curves.append(Curve(label=label, xs=[x for x, _ in kept], ys=[y for _, y in kept]))
+            curves.append(
+                Curve(
+                    label=label,
+                    xs=[x for x, _ in kept],
+                    ys=running_mean([y for _, y in kept]),
+                    color=COLORS[label],
+                )
+            )
     losses = {label: result["validation_loss_nats"] for label, result in results.items()}
     clean, untreated, recovered = losses.values()
     comparison = {
@@ -65,7 +83,13 @@ def main() -> None:
     print(json.dumps(comparison))
     if options.output:
         title = "Loss of the default recipe with a bad stretch of data"
-        write_comparison(curves, options.output, title, x_label="updates executed")
+        write_comparison(
+            curves,
+            options.output,
+            title,
+            x_label="updates executed",
+            y_label="training loss (nats), mean of 5",
+        )
 
 
 if __name__ == "__main__":

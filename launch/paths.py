@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launch.errors import LaunchError
 
-_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_RUN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._,=+@-]*")
 _RUN_PARENT = re.compile(r"[A-Za-z0-9_./][A-Za-z0-9._/-]*")
 
 

@@ -97,7 +97,7 @@ def _walk(node: ast.AST, *, enters_functions: bool) -> Iterator[ast.AST]:
 
 
 def imported(module: Module, *, inside_functions: bool = True) -> set[str]:
-    """Return full names of what a module imports when it runs: `from a import b` gives a and a.b."""
+    """Return full names of all imports that run; `from a import b` gives a and a.b."""
     names: set[str] = set()
     for node in _walk(module.tree, enters_functions=inside_functions):
         if isinstance(node, ast.Import):

@@ -39,7 +39,7 @@ from train.recovery.journal import Journal
 from train.recovery.rewind import Rewinder
 from train.run_folder import RunFolder, open_folder
 from train.schedule import Schedule
-from train.settings import ChaosKind, RunConfig
+from train.settings import AmountUnit, ChaosKind, RunConfig
 from train.state import TrainState
 from train.throughput import peak_flops
 
@@ -180,14 +180,17 @@ def _source(config: RunConfig, store: TokenStore, schedule: Schedule) -> SampleS
     if config.chaos.kind is ChaosKind.BAD_DATA:
         length = config.data.sequence_length
         start = schedule.amount_in_samples(config.chaos.start, from_step=0, sequence_length=length)
+        is_tokens = config.chaos.start.unit is AmountUnit.TOKENS
         count = schedule.amount_in_samples(
-            config.chaos.length, from_step=config.chaos.start.value, sequence_length=length
+            config.chaos.length,
+            from_step=config.run.steps if is_tokens else config.chaos.start.value,
+            sequence_length=length,
         )
         source = PoisonedSource(
             source,
             start=start,
             stop=start + count,
-            vocab_size=config.model.vocab_size,
+            vocab_size=store.vocab_size,
             seed=config.run.seed,
         )
     return source

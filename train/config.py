@@ -89,6 +89,11 @@ def _explain(error: Mapping[str, Any]) -> str:
         return f"{key}={found!r}: unknown key; {hint}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key}: missing; set it, e.g. {key}=..."
+    if key == "run.name":
+        return (
+            f"run.name={found!r}: should be a folder name of letters, digits and . _ , = + @ -, "
+            "starting with a letter or digit"
+        )
     expected = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{key}={found!r}: should be {expected.removeprefix('expected ')}"
 
@@ -176,10 +181,8 @@ def _schedule_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     for key, size in sizes.items():
         if size % world_size:
             below = size - size % world_size
-            yield (
-                f"{key}={size} does not divide among {world_size} ranks; use "
-                f"{below or world_size} or {below + world_size}"
-            )
+            near = f"{below} or {below + world_size}" if below else str(world_size)
+            yield f"{key}={size} does not divide among {world_size} ranks; use {near}"
 
 
 def _engine_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -242,10 +245,17 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
         if name not in known:
             yield f"callbacks.names: there is no callback {name!r}; use some of {known}"
     if recovery.rule is not Rule.NONE:
-        if "spike_recovery" not in config.callbacks.names:
+        for name in ("spike_detection", "spike_recovery", "checkpointing"):
+            if name not in config.callbacks.names:
+                yield (
+                    f"recovery.rule={recovery.rule} needs the callback {name} in callbacks.names; "
+                    "add it, or set recovery=none"
+                )
+        if recovery.max_flagged_steps <= recovery.persistence_steps:
             yield (
-                f"recovery.rule={recovery.rule} needs the callback spike_recovery in "
-                "callbacks.names; add it, or set recovery=none"
+                f"recovery.max_flagged_steps={recovery.max_flagged_steps} accepts a level before "
+                f"recovery.persistence_steps={recovery.persistence_steps} high steps make a spike; "
+                f"use {recovery.persistence_steps + 1} or more"
             )
         if not checkpoint.save_at_start and checkpoint.interval_steps > config.run.steps:
             yield (

@@ -13,6 +13,7 @@ import time
 PROCESS_START_TIME = time.time()
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -58,7 +59,7 @@ def run_name(arguments: list[str]) -> str:
     name = str(config.runtime.choices.get("exp") or "trimtab").replace("/", "-")
     swept = _swept_keys(arguments)
     varied = [
-        override.lstrip("+")
+        re.sub(r"[^A-Za-z0-9._,=+@-]+", "-", override.lstrip("+"))
         for override in config.overrides.task
         if override.lstrip("+").partition("=")[0] in swept
     ]

@@ -65,7 +65,9 @@ def will_overwrite(path: Path, *, overwrite: bool) -> bool:
     """
     if not overwrite or not (path / _RUN_FILE).exists():
         return False
-    made_by = json.loads((path / _RUN_FILE).read_text()).get("launch_id", "")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return False
+    made_by = _read_identity(path).get("launch_id", "")
     return not made_by or made_by != launch_id()
 
 
@@ -106,7 +108,7 @@ def open_folder(
     path.mkdir(parents=True, exist_ok=True)
     run_file = path / _RUN_FILE
     if run_file.exists():
-        known = json.loads(run_file.read_text())
+        known = _read_identity(path)
         if known["data_digest"] != data_digest:
             raise RunFolderError(
                 [
@@ -130,6 +132,16 @@ def open_folder(
     write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node))))
     write_json(run_file, known)
     return RunFolder(path=path, run_id=known["run_id"], attempt=known["attempts"] - 1)
+
+
+def _read_identity(path: Path) -> dict[str, Any]:
+    try:
+        identity: dict[str, Any] = json.loads((path / _RUN_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(
+            [f"{path}/{_RUN_FILE} is damaged ({error}); bring it back, or remove {path}"]
+        ) from error
+    return identity
 
 
 def _clear(path: Path) -> None:

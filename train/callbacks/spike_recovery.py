@@ -13,7 +13,7 @@ from train.events import Callback, CallbackPhase
 from train.recovery.policy import Budget, GiveUp, History, Target, decide
 from train.schedule import Schedule
 from train.settings import RecoverySettings
-from train.signals import StepReport
+from train.signals import StepReport, Update
 
 
 class SpikeRecovery(Callback):
@@ -33,7 +33,9 @@ class SpikeRecovery(Callback):
         self._schedule = schedule
         self._sequence_length = sequence_length
         self._budget = Budget(
-            max_rewinds=settings.max_rewinds, steps_before_onset=settings.scaled_rewind_steps()
+            max_rewinds=settings.max_rewinds,
+            steps_before_onset=settings.scaled_rewind_steps(),
+            max_vetoes=settings.persistence_steps,
         )
 
     def after_update(self, report: StepReport) -> Action | None:
@@ -45,7 +47,9 @@ class SpikeRecovery(Callback):
             Target(name=info.name, step=info.step, cursor=info.cursor)
             for info in self._store.trusted(Health.GOOD)
         ]
-        history = History(cursor=report.state.cursor, num_rewinds=report.state.rewinds)
+        history = History(
+            num_rewinds=report.state.rewinds, is_vetoed=report.update is Update.VETOED
+        )
         decision = decide(self._settings.rule, verdict, targets, history, self._budget)
         if decision is None:
             return None

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> CorpusInfo:
     with _locked(cache / f"{folder.name}.lock"):
         if not (folder / "manifest.json").exists():
             _build(files, data, tokenizer, folder, digest)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = _read_json(folder / "manifest.json")
     return CorpusInfo(
         folder=folder,
         digest=manifest["digest"],
@@ -128,7 +128,8 @@ def _text_of(record: object, text_key: str, path: Path, number: int) -> str:
             f"{path}: line {number} has no text under {text_key!r}; set data.text_key to the "
             "field that holds it"
         )
-    return text
+    # Crawls hold lone surrogates, which no encoder takes.
+    return text.encode(errors="replace").decode()
 
 
 def _cache_folder(data: DataSettings) -> Path:
@@ -157,16 +158,35 @@ def _content_digest(
         stats.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     memo = cache / f"text-{stats.hexdigest()[:20]}.json"
     if memo.exists():
-        text_digest = str(json.loads(memo.read_text())["digest"])
+        text_digest = str(_read_json(memo)["digest"])
     else:
         text_digest = _digest_files(files)
-        write_json(memo, {"digest": text_digest})
+        _remember(memo, text_digest)
     settings = [_CACHE_VERSION, text_digest, data.text_key, str(tokenizer.kind)]
     if tokenizer.kind is TokenizerKind.BPE:
         settings.append(tokenizer.vocab_size)
     elif tokenizer.kind is TokenizerKind.FILE:
         settings.append(_digest_files([Path(str(tokenizer.path)).expanduser()]))
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+
+def _remember(memo: Path, digest: str) -> None:
+    try:
+        write_json(memo, {"digest": digest})
+    except OSError as error:
+        raise DataError(
+            f"{memo} cannot be written ({error.strerror}); set data.cache_dir to a disk with room"
+        ) from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); delete {path.parent} and it is made anew"
+        ) from error
+    return value
 
 
 def _digest_files(files: Sequence[Path]) -> str:
@@ -193,7 +213,8 @@ def _build(
 ) -> None:
     started = time.monotonic()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):  # of a killed preparation
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
     try:
         encoder = _Encoder(files, data, tokenizer, temporary)

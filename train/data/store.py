@@ -48,12 +48,15 @@ class TokenStore:
     """
 
     def __init__(self, info: CorpusInfo, *, sequence_length: int, validation_samples: int) -> None:
-        self._tokens = np.memmap(info.tokens_path, dtype=np.dtype(info.dtype), mode="r")
-        if len(self._tokens) != info.num_tokens:
+        dtype = np.dtype(info.dtype)
+        num_bytes = info.tokens_path.stat().st_size if info.tokens_path.exists() else 0
+        if num_bytes != info.num_tokens * dtype.itemsize:
             raise DataError(
-                f"{info.tokens_path} has {len(self._tokens)} tokens, its manifest says "
-                f"{info.num_tokens}; delete {info.folder} and it is made anew"
+                f"{info.tokens_path} has {num_bytes} bytes, its manifest says "
+                f"{info.num_tokens * dtype.itemsize}; delete {info.folder} and it is made anew"
             )
+        self._tokens = np.memmap(info.tokens_path, dtype=dtype, mode="r")
+        self.vocab_size = info.vocab_size
         self._sequence_length = sequence_length
         total = (info.num_tokens - 1) // sequence_length
         self.num_samples = total - validation_samples

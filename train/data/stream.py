@@ -63,7 +63,7 @@ class PoisonedSource:
     ) -> None:
         self._source = source
         self._start, self._stop = start, stop
-        self._foreign_tokens = np.random.default_rng(seed).permutation(vocab_size)
+        self._foreign_tokens = np.random.default_rng(seed % 2**64).permutation(vocab_size)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         """Return the tokens at global `indices`, poisoned ones among them."""

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 # 1.4826 MAD estimates the standard deviation of normal noise.
 _MAD_TO_SIGMA = 1.4826
@@ -79,11 +80,16 @@ class RobustBaseline:
     def __init__(self, window: int) -> None:
         self.values: deque[float] = deque(maxlen=window)
         self.residuals: deque[float] = deque(maxlen=2 * window)
+        self._num_accepted = 0
         self._level = 0.0
         self._sigma = _MIN_SIGMA
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def is_known(self, num_steps: int) -> bool:
+        """True once `num_steps` values were accepted; a new level keeps what is known."""
+        return self._num_accepted >= num_steps
 
     @property
     def level(self) -> float:
@@ -104,6 +110,7 @@ class RobustBaseline:
         if self.values:
             self.residuals.append(log_value - self._level)
         self.values.append(log_value)
+        self._num_accepted += 1
         self._refresh()
 
     def reanchor(self, log_values: Sequence[float]) -> None:
@@ -119,14 +126,19 @@ class RobustBaseline:
             spread = _median(sorted(abs(value - centre) for value in self.residuals))
             self._sigma = max(_MIN_SIGMA, _MAD_TO_SIGMA * spread)
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def state_dict(self) -> dict[str, object]:
         """Return the state as JSON values."""
-        return {"values": list(self.values), "residuals": list(self.residuals)}
+        return {
+            "values": list(self.values),
+            "residuals": list(self.residuals),
+            "num_accepted": self._num_accepted,
+        }
 
-    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take up the state of another instance."""
         self.values = deque(state["values"], maxlen=self.values.maxlen)
         self.residuals = deque(state["residuals"], maxlen=self.residuals.maxlen)
+        self._num_accepted = state["num_accepted"]
         self._level, self._sigma = 0.0, _MIN_SIGMA
         if self.values:
             self._refresh()
@@ -172,7 +184,7 @@ class SpikeDetector:
             return self._flag(step, VerdictKind.NONFINITE, math.inf)
         log_loss = math.log(max(loss_nats, 1e-9))
         self._watch_grad_norm(step, grad_norm)
-        if len(self._loss) < self.warm_up_steps:
+        if not self._loss.is_known(self.warm_up_steps):
             return self._warm_up(step, log_loss, grad_norm)
         deviation = self._loss.deviation(log_loss)
         is_high = deviation > self.threshold
@@ -182,7 +194,7 @@ class SpikeDetector:
             self._accept(log_loss, grad_norm)
             return self._verdict(VerdictKind.OK, step, step, deviation)
         self._flagged_logs.append(log_loss)
-        if self._num_flagged + 1 >= self.max_flagged_steps:
+        if self._is_level(step):
             return self._accept_level(step, deviation)
         is_spike = sum(self._recent) >= self.persistence
         kind = VerdictKind.SPIKE if is_spike else VerdictKind.OUTLIER
@@ -190,18 +202,18 @@ class SpikeDetector:
 
     def limits(self) -> tuple[float, float]:
         """Return the highest loss in nats and the highest gradient norm that are not outliers."""
-        if len(self._loss) < self.warm_up_steps:
+        if not self._loss.is_known(self.warm_up_steps):
             return math.inf, math.inf
         loss = math.exp(self._loss.level + self.threshold * self._loss.sigma)
         norm = math.inf
-        if len(self._grad_norm) >= self.warm_up_steps:
+        if self._grad_norm.is_known(self.warm_up_steps):
             # Gradient norms are heavy-tailed: only an extreme one is an outlier by itself.
             exponent = self._grad_norm.level + 3 * self.threshold * self._grad_norm.sigma
             norm = math.exp(min(exponent, 700.0))
         return loss, norm
 
     def _watch_grad_norm(self, step: int, grad_norm: float | None) -> None:
-        if grad_norm is None or len(self._grad_norm) < self.warm_up_steps:
+        if grad_norm is None or not self._grad_norm.is_known(self.warm_up_steps):
             return
         is_high = self._grad_norm.deviation(math.log(max(grad_norm, 1e-12))) > self.threshold
         if not is_high:
@@ -225,13 +237,20 @@ class SpikeDetector:
     def _flag(self, step: int, kind: VerdictKind, deviation: float) -> Verdict:
         if self._onset_step is None:
             self._onset_step = step
-        self._num_flagged += 1
+        if kind is not VerdictKind.NONFINITE:  # a run of NaN is no level that could be accepted
+            self._num_flagged += 1
         return self._verdict(kind, step, self._onset_step, deviation)
 
     def _accept(self, log_loss: float, grad_norm: float | None) -> None:
         self._loss.accept(log_loss)
         if grad_norm is not None and grad_norm > 0:
             self._grad_norm.accept(math.log(grad_norm))
+
+    def _is_level(self, step: int) -> bool:
+        """True if enough steps were high, and most of those since the onset."""
+        onset = self._onset_step if self._onset_step is not None else step
+        num_high = self._num_flagged + 1
+        return num_high >= self.max_flagged_steps and 2 * num_high > step - onset
 
     def _accept_level(self, step: int, deviation: float) -> Verdict:
         onset = self._onset_step if self._onset_step is not None else step

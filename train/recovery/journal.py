@@ -113,7 +113,7 @@ class Journal:
             record = json.loads(line)
             crc = record.pop("crc")
             body = json.dumps(record, sort_keys=True)
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             logger.warning("%s:%d is torn and was left out", self.path, number)
             return None
         if crc != f"{zlib.crc32(body.encode()):08x}":
@@ -124,7 +124,7 @@ class Journal:
             record["skip"] = (int(record["skip"][0]), int(record["skip"][1]))
             record["quarantine"] = tuple(record["quarantine"])
             return Incident(**record)
-        except (TypeError, ValueError, KeyError) as error:
+        except (TypeError, ValueError, LookupError) as error:
             raise JournalError(
                 f"{self.path}:{number} is whole but not a record of this version ({error}); "
                 "it was written by another version of Trimtab: use that one to go on"

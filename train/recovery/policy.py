@@ -39,21 +39,23 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What recovery has done so far; it survives rewinds and restarts (it is read off the journal).
-
-    `cursor` is the next sample of the order now; `num_rewinds` counts those of the whole run.
+    """What has been done so far: rewinds of the whole run (read off the journal, so they survive
+    rewinds and restarts), and whether the device refused the update that the verdict is about.
     """
 
-    cursor: int
     num_rewinds: int
+    is_vetoed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Limits of a rule: rewinds for the whole run, and how far before the onset a target lies."""
+    """Limits of a rule: rewinds for the whole run, how far before the onset a target lies, and
+    how many refused updates in a row are borne (they did no harm).
+    """
 
     max_rewinds: int
     steps_before_onset: int
+    max_vetoes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,8 @@ def decide(
     `targets` are all good checkpoints in any order. Called on all ranks with equal arguments.
     """
     if rule is Rule.NONE or not verdict.needs_rollback:
+        return None
+    if history.is_vetoed and verdict.step - verdict.onset_step < budget.max_vetoes:
         return None
     what = f"{verdict.kind} at step {verdict.onset_step}, found at step {verdict.step}"
     if history.num_rewinds >= budget.max_rewinds:

@@ -57,7 +57,12 @@ class Rewinder:
     def rewind(self, action: Rewind, present: TrainState) -> tuple[TrainState, Incident]:
         """Go back as `action` says and return the state to go on from, and the journal's entry."""
         target = next(info for info in self._store.entries() if info.name == action.target)
-        skip = action.skip_range(present.cursor)
+        # The amount counts from the first sample that no earlier rewind skips: another rewind to
+        # the same target would skip nothing new.
+        fresh, _ = self._ledger.take(action.skip_from, 1)
+        already_skipped = int(fresh[0]) - action.skip_from
+        amount = already_skipped + action.skip_amount
+        skip = replace(action, skip_amount=amount).skip_range(present.cursor)
         intent = Incident(
             incident=present.rewinds + 1,
             phase=Phase.INTENT,

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import re
+from collections.abc import Callable, Iterator
 
-from train.main import rewrite_arguments
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+
+from train.main import CONF, rewrite_arguments, run_name
 
 
 @pytest.mark.parametrize(
@@ -47,3 +52,47 @@ def test_arguments_keep_their_order() -> None:
 def test_rewriting_twice_is_rewriting_once() -> None:
     once = rewrite_arguments(["exp=a", "run.seed=1", "model=llama"])
     assert rewrite_arguments(once) == once
+
+
+@pytest.fixture
+def hydra_config() -> Iterator[Callable[..., None]]:
+    """Return a function that makes Hydra's own config as it is within a job."""
+
+    def make(*overrides: str) -> None:
+        with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+            node = compose("train", overrides=list(overrides), return_hydra_config=True)
+        HydraConfig.instance().set_config(node)
+
+    yield make
+    HydraConfig.instance().cfg = None
+
+
+def test_run_is_named_after_its_experiment(hydra_config: Callable[..., None]) -> None:
+    hydra_config("+exp=falcon_like", "++optim.lr=0.1")
+    assert run_name(["+exp=falcon_like", "++optim.lr=0.1"]) == "falcon_like"
+
+
+def test_run_without_an_experiment_has_a_name_too(hydra_config: Callable[..., None]) -> None:
+    hydra_config()
+    assert run_name([]) == "trimtab"
+
+
+def test_job_of_a_sweep_is_named_after_what_it_varies(hydra_config: Callable[..., None]) -> None:
+    hydra_config("+exp=falcon_like", "++optim.lr=0.1", "++run.seed=7", "++run.steps=50")
+    arguments = ["-m", "+exp=falcon_like", "++optim.lr=0.1,0.2", "++run.seed=7,8", "++run.steps=50"]
+    assert run_name(arguments) == "falcon_like,optim.lr=0.1,run.seed=7"
+
+
+@pytest.mark.parametrize(
+    ("swept", "chosen"),
+    [
+        ("model/size=nano,falcon_7b", "model/size=nano"),
+        ("++recovery.skip=1B tokens,2B tokens", "++recovery.skip=1B tokens"),
+        ("++optim.betas=[0.9,0.95],[0.9,0.99]", "++optim.betas=[0.9,0.95]"),
+    ],
+)
+def test_name_of_any_sweep_can_name_a_folder(
+    swept: str, chosen: str, hydra_config: Callable[..., None]
+) -> None:
+    hydra_config(chosen)
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._,=+@-]*", run_name(["-m", swept]))

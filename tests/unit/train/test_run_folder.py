@@ -169,12 +169,12 @@ def test_changed_corpus_is_refused(tmp_path: Path) -> None:
 
 def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r").write_text("")
-    with pytest.raises(RunFolderError, match="is a file; choose another run.name or run.dir"):
+    with pytest.raises(RunFolderError, match=r"is a file; choose another run\.name or run\.dir"):
         check_folder(tmp_path / "r", NODE, overwrite=False)
 
 
 def test_run_without_its_config_is_refused_with_a_way_out(tmp_path: Path) -> None:
     start(tmp_path / "r")
     (tmp_path / "r" / "config.yaml").unlink()
-    with pytest.raises(RunFolderError, match="set run.overwrite=true"):
+    with pytest.raises(RunFolderError, match=r"set run\.overwrite=true"):
         check_folder(tmp_path / "r", NODE, overwrite=False)

@@ -88,10 +88,12 @@ def test_byte_that_is_no_utf8_is_replaced(tmp_path: Path) -> None:
     assert list(documents(path, "text")) == ["ab\N{REPLACEMENT CHARACTER}cd"]
 
 
-def test_lone_surrogate_of_a_crawl_does_not_stop_preparation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
+def test_lone_surrogate_of_a_crawl_does_not_stop_preparation(
+    tmp_path: Path, tokenizer: TokenizerSettings
+) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "good \\ud800 enough"}\n')
-    info = prepare(data(tmp_path, path), BYTES)
-    assert info.num_documents == 1
+    assert prepare(data(tmp_path, path), tokenizer).num_documents == 1
 
 
 def test_standard_library_is_a_corpus_without_any_file_of_ours(tmp_path: Path) -> None:

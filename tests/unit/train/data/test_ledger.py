@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 
@@ -36,7 +37,7 @@ def test_ledger_is_the_union_of_what_was_added(seed: int) -> None:
 def test_ranges_are_disjoint_sorted_and_do_not_touch(seed: int) -> None:
     ranges = SkipLedger(random_ranges(seed)).ranges()
     assert all(start < stop for start, stop in ranges)
-    assert all(before[1] < after[0] for before, after in zip(ranges, ranges[1:], strict=False))
+    assert all(before[1] < after[0] for before, after in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -165,6 +165,12 @@ def test_many_nans_do_not_make_the_next_high_step_a_level() -> None:
     assert not detector.update(121, 8.0, 1.0).is_calm
 
 
+def test_outliers_that_come_again_and_again_are_not_taken_for_a_level() -> None:
+    detector = settled(max_flagged_steps=10)
+    verdicts = feed(detector, [8.0, 3.6, 3.6] * 30, first_step=101)
+    assert VerdictKind.LEVEL_SHIFT not in kinds(verdicts)
+
+
 def test_gradient_norm_that_rises_first_is_said_to_lead() -> None:
     detector = settled()
     for step in range(101, 105):

@@ -19,6 +19,7 @@ def decision(
     targets: list[Target] = TARGETS,
     *,
     num_rewinds: int = 0,
+    is_vetoed: bool = False,
     max_rewinds: int = 3,
     steps_before_onset: int = 0,
 ) -> GoBack | GiveUp | None:
@@ -26,8 +27,8 @@ def decision(
         rule,
         verdict,
         targets,
-        History(cursor=95 * 16, num_rewinds=num_rewinds),
-        Budget(max_rewinds=max_rewinds, steps_before_onset=steps_before_onset),
+        History(num_rewinds=num_rewinds, is_vetoed=is_vetoed),
+        Budget(max_rewinds=max_rewinds, steps_before_onset=steps_before_onset, max_vetoes=2),
     )
 
 
@@ -103,3 +104,19 @@ def test_reason_tells_steps_and_size_of_the_spike() -> None:
     answer = decision()
     assert isinstance(answer, GoBack)
     assert answer.reason == "spike at step 93, found at step 95, 14.0 sigma over its baseline"
+
+
+def nonfinite(*, step: int) -> Verdict:
+    return Verdict(kind=VerdictKind.NONFINITE, step=step, onset_step=95)
+
+
+def test_one_refused_update_is_borne_without_a_rewind() -> None:
+    assert decision(verdict=nonfinite(step=95), is_vetoed=True) is None
+
+
+def test_refused_updates_that_go_on_lead_to_a_rewind() -> None:
+    assert chosen(decision(verdict=nonfinite(step=97), is_vetoed=True)) == "step-80"
+
+
+def test_nonfinite_update_that_was_applied_leads_to_a_rewind_at_once() -> None:
+    assert chosen(decision(verdict=nonfinite(step=95))) == "step-80"

@@ -1,0 +1,210 @@
+"""The checkpoints of a run on a real folder, with an engine of one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from train.checkpoint.info import CheckpointInfo, Health
+from train.checkpoint.store import CheckpointStore
+from train.distributed import World
+from train.errors import CheckpointError, CorruptCheckpointError
+from train.state import TrainState
+
+WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+EXTRA: dict[str, object] = {"ledger": [[0, 5]], "callbacks": {"a": {"b": 1}}}
+
+
+class FileEngine:
+    """Keeps one word in one file; can be told to fail."""
+
+    name = "file"
+    can_veto = True
+    checkpoint_format = "file"
+    num_parameters = 0
+    group_names = ()
+
+    def __init__(self) -> None:
+        self.word = "fresh"
+        self.failure: Exception | None = None
+
+    def step(self, *args: object, **kwargs: object) -> Any:
+        raise NotImplementedError
+
+    def evaluate(self, rows: object) -> float:
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        (folder / "word.bin").write_text(self.word)
+        if self.failure is not None:
+            raise self.failure
+
+    def load(self, folder: Path) -> None:
+        self.word = (folder / "word.bin").read_text()
+
+
+@pytest.fixture
+def engine() -> FileEngine:
+    return FileEngine()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    return opened(tmp_path)
+
+
+def opened(folder: Path, *, keep_good: int = 2) -> CheckpointStore:
+    store = CheckpointStore(folder / "checkpoints", WORLD, keep_good=keep_good)
+    store.open()
+    return store
+
+
+def save(
+    store: CheckpointStore, engine: FileEngine, step: int, health: Health = Health.CANDIDATE
+) -> CheckpointInfo:
+    engine.word = f"word of {step}"
+    state = TrainState(step=step, cursor=16 * step, clock=step)
+    return store.save(engine, state, EXTRA, health=health)
+
+
+def steps(store: CheckpointStore) -> list[int]:
+    return [info.step for info in store.entries()]
+
+
+def test_checkpoint_comes_back_with_everything_that_was_given(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    info = save(store, engine, 3)
+    engine.word = "lost"
+    extra = store.load(engine, info)
+    assert engine.word == "word of 3"
+    assert TrainState(**extra["train_state"]) == TrainState(step=3, cursor=48, clock=3)
+    assert {key: extra[key] for key in EXTRA} == EXTRA
+    assert (info.step, info.cursor, info.clock, info.world_size) == (3, 48, 3, 1)
+    assert info.num_bytes > 0
+
+
+def test_catalogue_is_read_off_the_folder_again(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    save(store, engine, 3)
+    store.promote(save(store, engine, 5))
+    save(store, engine, 4)
+    assert opened(tmp_path).entries() == sorted(store.entries(), key=lambda info: info.clock)
+    assert [info.step for info in opened(tmp_path).trusted(Health.GOOD)] == [5]
+
+
+def test_what_a_killed_save_left_is_cleared_and_strangers_are_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    (folder / ".saving-step-00000003-clock-00000003").mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    assert opened(tmp_path).entries() == []
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_folder_without_a_readable_manifest_is_left_alone_with_a_warning(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    info = save(store, engine, 3)
+    (info.path / "manifest.json").write_text("{")
+    assert opened(tmp_path).entries() == []
+    assert "is not a readable checkpoint and is left alone" in caplog.text
+    assert info.path.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("torch")])
+def test_save_that_fails_leaves_older_checkpoints_and_nothing_of_its_own(
+    store: CheckpointStore, engine: FileEngine, error: Exception
+) -> None:
+    save(store, engine, 3)
+    engine.failure = error
+    with pytest.raises(CheckpointError, match="rank 0: "):
+        save(store, engine, 4)
+    assert steps(store) == [3]
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000003-clock-00000003"]
+
+
+@pytest.mark.parametrize("name", ["word.bin", "state.json"])
+def test_flipped_byte_is_found_before_the_engine_is_touched(
+    store: CheckpointStore, engine: FileEngine, name: str
+) -> None:
+    info = save(store, engine, 3)
+    content = bytearray((info.path / name).read_bytes())
+    content[-2] ^= 1
+    (info.path / name).write_bytes(content)
+    engine.word = "untouched"
+    with pytest.raises(CorruptCheckpointError, match=f"{name} does not match its SHA-256"):
+        store.load(engine, info)
+    assert engine.word == "untouched"
+
+
+def test_truncated_and_missing_files_are_found(store: CheckpointStore, engine: FileEngine) -> None:
+    info = save(store, engine, 3)
+    (info.path / "word.bin").write_text("w")
+    with pytest.raises(CorruptCheckpointError, match="has 1 bytes, its manifest says 9"):
+        store.load(engine, info)
+    (info.path / "word.bin").unlink()
+    with pytest.raises(CorruptCheckpointError, match="cannot be read"):
+        store.load(engine, info)
+
+
+def test_checkpoint_of_another_engine_is_refused(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    info = save(store, engine, 3)
+    engine.checkpoint_format = "other"
+    with pytest.raises(CheckpointError, match=r"as file, and engine\.kind=file here"):
+        store.load(engine, info)
+
+
+def test_health_is_durable_and_does_not_touch_the_manifest(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    info = save(store, engine, 3)
+    store.quarantine(info.name, "made after a spike")
+    (again,) = opened(tmp_path).entries()
+    assert again.health is Health.QUARANTINED
+    assert again.digest == info.digest
+    health = json.loads((info.path / "health.json").read_text())
+    assert health["reason"] == "made after a spike"
+
+
+def test_newest_good_checkpoints_and_younger_candidates_are_kept(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    for step in (0, 1, 2, 3):
+        save(store, engine, step, Health.GOOD)
+    save(store, engine, 4)
+    save(store, engine, 5)
+    assert steps(store) == [2, 3, 4, 5]
+    on_disk = sorted(path.name for path in store.folder.iterdir())
+    assert on_disk == [info.name for info in store.entries()]
+
+
+def test_last_good_checkpoint_is_never_deleted(store: CheckpointStore, engine: FileEngine) -> None:
+    save(store, engine, 0, Health.GOOD)
+    for step in range(1, 30):
+        save(store, engine, step)
+    assert 0 in steps(store)
+
+
+def test_quarantined_checkpoints_go_with_the_next_save(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    save(store, engine, 0, Health.GOOD)
+    store.quarantine(save(store, engine, 1).name, "bad")
+    save(store, engine, 2)
+    assert steps(store) == [0, 2]
+
+
+def test_same_state_saved_twice_is_one_checkpoint(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    save(store, engine, 3)
+    save(store, engine, 3)
+    assert steps(store) == [3]
+    assert steps(opened(tmp_path)) == [3]
