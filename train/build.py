@@ -7,6 +7,7 @@ over here; no part looks for it by itself.
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -63,6 +64,9 @@ def execute(
             ]
         )
     _token_store(config, corpus)  # too little text is refused before any process group is made
+    if config.run.is_deterministic:
+        # cuBLAS needs this, before its first use, to give the same bits each time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.

@@ -85,7 +85,10 @@ class TorchEngine:
         self._autocast_dtype = autocast_dtype
         self._has_veto = has_veto
         self._is_sharded = is_sharded
-        self._membership = torch.tensor(membership, device=world.device)
+        # One-hot, so that sums over groups are a product: deterministic everywhere, and no sync.
+        self._groups_by_parameter = torch.nn.functional.one_hot(
+            torch.tensor(membership, device=world.device), len(self.group_names)
+        ).T.double()
 
     def step(
         self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
@@ -122,9 +125,7 @@ class TorchEngine:
         squares = torch.stack(norms).double().square()
         if not self._is_sharded:
             squares = squares / self._world.size  # every rank has all of them; the sum restores
-        group_squares = torch.zeros(
-            len(self.group_names), dtype=torch.float64, device=squares.device
-        ).index_add_(0, self._membership, squares)
+        group_squares = self._groups_by_parameter @ squares
         reduced = torch.cat((loss_sum[None], group_squares))
         if self._world.size > 1:
             dist.all_reduce(reduced)
