@@ -76,9 +76,9 @@ class ConsoleProgress:
                 self._printed_at = now
                 self._write(self.line())
 
-    def incident(self, text: str) -> None:
-        """Show an incident at once, and keep it at the end of the progress line."""
-        self._last_incident = text
+    def incident(self, text: str, short: str | None = None) -> None:
+        """Show an incident at once, and keep it (`short`) at the end of the progress line."""
+        self._last_incident = short or text
         self._say(f"! {text}", "bold red")
 
     def message(self, text: str) -> None:
@@ -164,7 +164,7 @@ def print_summary(summary: Mapping[str, object], incidents: Sequence[Record]) ->
     if not incidents:
         return
     rows = Table(title="Incidents")
-    for heading in ("#", "step", "verdict", "back to", "samples skipped", "recovery", "reason"):
+    for heading in ("#", "found at", "verdict", "back to", "samples skipped", "recovery"):
         rows.add_column(heading, overflow="fold")
     for incident in incidents:
         rows.add_row(*(Text(cell) for cell in _incident_cells(incident)))
@@ -213,10 +213,9 @@ def _incident_cells(incident: Record) -> list[str]:
     target = incident.get("target_step", incident.get("to_step"))
     return [
         str(incident.get("incident", "")),
-        str(incident.get("detected_step", incident.get("from_step", ""))),
+        f"step {incident.get('detected_step', incident.get('from_step', ''))}",
         str(incident.get("verdict", "")),
         "" if target is None else f"step {target}",
         f"{skip[1] - skip[0]:,} [{skip[0]:,}, {skip[1]:,})" if skip else "",
         "" if seconds is None else f"{seconds:.2f} s",
-        str(incident.get("reason", "")),
     ]

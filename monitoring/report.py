@@ -8,6 +8,7 @@ Called at the end of a run on rank 0, and by the CLI at any time, on an unfinish
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -144,9 +145,6 @@ def _goodput_rows(goodput: Goodput) -> list[Mapping[str, object]]:
 
 
 def _checkpoint_rows(run: RunRecords) -> list[Mapping[str, object]]:
-    promoted = {
-        integer(event, "step") for event in run.events if event.get("kind") == "checkpoint_promoted"
-    }
     quarantined: set[str] = set()
     for entry in run.journal:
         names = entry.get("quarantine")
@@ -157,8 +155,7 @@ def _checkpoint_rows(run: RunRecords) -> list[Mapping[str, object]]:
         if event.get("kind") not in ("checkpoint_saved", "checkpoint_failed"):
             continue
         name = Path(str(event.get("path") or "")).name
-        health = "good" if integer(event, "step") in promoted else "candidate"
-        health = "quarantined" if name and name in quarantined else health
+        health = "quarantined" if name in quarantined else _health(run.folder, name)
         num_bytes, seconds = number(event, "bytes"), number(event, "seconds")
         rows.append(
             {
@@ -172,6 +169,17 @@ def _checkpoint_rows(run: RunRecords) -> list[Mapping[str, object]]:
             }
         )
     return rows
+
+
+def _health(folder: Path, name: str) -> str:
+    """What a checkpoint says of itself now; retention removes those that are not needed."""
+    path = folder / "checkpoints" / name
+    if not name or not path.is_dir():
+        return "removed"
+    try:
+        return str(json.loads((path / "health.json").read_text())["health"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
 
 
 def _size(num_bytes: float) -> str:

@@ -11,6 +11,8 @@ import enum
 import logging
 import math
 import shlex
+import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,13 +169,18 @@ def dashboard_command(config: TrackerConfig, folder: Path) -> str | None:
     root = shlex.quote(str(folder))
     match (config.kind, config.mode):
         case (TrackerKind.swanlab, "local"):
-            return f"swanlab watch {root}/swanlog"
+            return f"{_command('swanlab')} watch {root}/swanlog"
         case (TrackerKind.swanlab, "offline"):
-            return f"swanlab sync {root}/swanlog/run-*"
+            return f"{_command('swanlab')} sync {root}/swanlog/run-*"
         case (TrackerKind.wandb, "offline"):
-            return f"wandb sync {root}/wandb/offline-run-*"
+            return f"{_command('wandb')} sync {root}/wandb/offline-run-*"
         case _:
             return None
+
+
+def _command(name: str) -> str:
+    """How to call a package's command: by name where the shell finds it, else beside Python."""
+    return name if shutil.which(name) else shlex.quote(str(Path(sys.executable).with_name(name)))
 
 
 def numeric(metrics: Mapping[str, MetricValue]) -> dict[str, float]:

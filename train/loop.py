@@ -113,7 +113,7 @@ def save(run: Run, state: TrainState, health: Health) -> None:
 
 def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline) -> TrainState:
     started = time.perf_counter()
-    logger.warning("%s; going back to %s", action.reason, action.target)
+    logger.info("%s; going back to %s", action.reason, action.target)
     reports.clear()
     state, incident = run.rewinder.rewind(action, state)
     run.events.rewound(incident, state, time.perf_counter() - started)

@@ -22,6 +22,7 @@ class _Pending:
     num_tokens: int
     data_seconds: float
     step_seconds: float = 0.0
+    finished_unix_seconds: float = 0.0
 
 
 class ReportPipeline:
@@ -65,10 +66,12 @@ class ReportPipeline:
             num_tokens=num_tokens,
             data_seconds=data_seconds,
         )
-        if is_flushed:
-            report = _resolve(pending, started)
-            return [*reports, report]
+        if is_flushed and copied is not None:
+            copied.synchronize()  # host sync, asked for
         pending.step_seconds = time.perf_counter() - started
+        pending.finished_unix_seconds = time.time()
+        if is_flushed:
+            return [*reports, _resolve(pending)]
         self._pending = pending
         return reports
 
@@ -82,17 +85,17 @@ class ReportPipeline:
         self._pending = None
 
 
-def _resolve(pending: _Pending, started: float | None = None) -> StepReport:
+def _resolve(pending: _Pending) -> StepReport:
     if pending.copied is not None:
         pending.copied.synchronize()  # waits for a copy that was issued a step ago
     values = pending.vector.tolist()
-    seconds = pending.step_seconds if started is None else time.perf_counter() - started
     return StepReport(
         state=pending.state,
         signals=StepSignals.from_vector(values),
         lr=pending.lr,
         num_samples=pending.num_samples,
         num_tokens=pending.num_tokens,
-        step_seconds=seconds,
+        step_seconds=pending.step_seconds,
         data_seconds=pending.data_seconds,
+        finished_unix_seconds=pending.finished_unix_seconds,
     )

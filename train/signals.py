@@ -74,7 +74,8 @@ class StepReport:
     """One finished step as callbacks see it: frozen facts.
 
     `state` is the state after the step. `data_seconds` is what the step waited for data.
-    `verdict` is None until the OBSERVE phase has run.
+    `finished_unix_seconds` is when it ended, not when it was reported. `verdict` is None until the
+    OBSERVE phase has run.
     """
 
     state: TrainState
@@ -84,6 +85,7 @@ class StepReport:
     num_tokens: int
     step_seconds: float
     data_seconds: float
+    finished_unix_seconds: float
     verdict: Verdict | None = None
 
     @property

@@ -90,7 +90,7 @@ class Tracking(Callback):
         state, signals = report.state, report.signals
         if not self._has_stepped:
             self._has_stepped = True
-            self._event("first_step", state)
+            self._event("first_step", state, time=report.finished_unix_seconds)
         speed = report.num_tokens / max(1e-9, report.step_seconds + report.data_seconds)
         peak = self._telemetry.peak_flops
         mfu = None
@@ -109,7 +109,7 @@ class Tracking(Callback):
             "tokens_per_second": speed,
             "mfu": mfu,
             "verdict": str(report.verdict.kind) if report.verdict is not None else None,
-            "time": time.time(),
+            "time": report.finished_unix_seconds,
             "attempt": self._telemetry.attempt,
         }
         for name, norm in zip(self._telemetry.group_names, signals.group_norms, strict=False):
@@ -164,7 +164,8 @@ class Tracking(Callback):
             f"{incident.target_step}, {len(incident.skip_range):,} samples skipped, "
             f"{seconds:.2f} s"
         )
-        self._console.incident(text)
+        short = f"{incident.verdict} at {incident.onset_step}, back to {incident.target_step}"
+        self._console.incident(text, short)
         for tracker in self._trackers:
             tracker.event("rewind", text, state.clock)
 

@@ -174,13 +174,26 @@ def test_unknown_config_key_is_refused() -> None:
         adapter.validate_python({"kind": "wandb", "mode": "offline", "entity": "x"})
 
 
-def test_dashboard_command_names_the_folder_that_the_tracker_writes() -> None:
+def test_dashboard_command_names_the_folder_that_the_tracker_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("swanlab", "wandb"):
+        (tmp_path / name).touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     folder = Path("runs/my run")
     swanlab = TrackerConfig(kind=TrackerKind.swanlab, mode="local")
     wandb = TrackerConfig(kind=TrackerKind.wandb, mode="offline")
     assert dashboard_command(swanlab, folder) == "swanlab watch 'runs/my run'/swanlog"
     assert dashboard_command(wandb, folder) == "wandb sync 'runs/my run'/wandb/offline-run-*"
     assert dashboard_command(TrackerConfig(), folder) is None
+
+
+def test_dashboard_command_works_where_the_environment_is_not_activated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = dashboard_command(TrackerConfig(kind=TrackerKind.swanlab, mode="local"), Path("x"))
+    assert command == f"{Path(sys.executable).with_name('swanlab')} watch x/swanlog"
 
 
 @pytest.mark.parametrize(

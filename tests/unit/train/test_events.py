@@ -27,6 +27,7 @@ REPORT = StepReport(
     num_tokens=2048,
     step_seconds=0.1,
     data_seconds=0.0,
+    finished_unix_seconds=0.0,
 )
 START = RunStart(name="r", state=STATE, last_step=10, num_parameters=5, is_resumed=False)
 SPIKE = Verdict(kind=VerdictKind.SPIKE, step=3, onset_step=2)

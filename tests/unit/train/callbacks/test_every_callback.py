@@ -89,6 +89,7 @@ def reports(*losses: float) -> list[StepReport]:
             num_tokens=2048,
             step_seconds=0.1,
             data_seconds=0.0,
+            finished_unix_seconds=0.0,
         )
         for step, loss in enumerate(losses, start=1)
     ]

@@ -68,6 +68,7 @@ def report(step: int, kind: VerdictKind, *, onset: int | None = None, rewinds: i
         num_tokens=2048,
         step_seconds=0.1,
         data_seconds=0.0,
+        finished_unix_seconds=0.0,
         verdict=Verdict(kind=kind, step=step, onset_step=step if onset is None else onset),
     )
 
