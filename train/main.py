@@ -40,6 +40,8 @@ def rewrite_arguments(arguments: list[str]) -> list[str]:
     `key=value` becomes `++key=value`, so that all unknown keys are reported together and with a
     suggestion; `exp=x` becomes `+exp=x`, since experiments have no default.
     """
+    if {"-sc", "--shell-completion", "--shell_completion"} & set(arguments):
+        return arguments
     rewritten = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -103,22 +105,30 @@ def main() -> int:
     """Run with the arguments of the command line and return the exit code."""
     arguments = rewrite_arguments(sys.argv[1:])
     sys.argv[1:] = arguments
+    failures: list[TrimtabError] = []
+
+    def attempt(node: DictConfig) -> None:
+        """Run one job; in a sweep, one that fails does not keep the others from running."""
+        try:
+            run_job(node)
+        except TrimtabError as error:
+            failures.append(error)
+            _report(str(error), error.exit_code)
+
     scratch = tempfile.mkdtemp(prefix="trimtab-")
     OmegaConf.register_new_resolver("run_name", lambda: run_name(arguments), replace=True)
     OmegaConf.register_new_resolver("scratch_dir", lambda: scratch, replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of ending the process
-    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(run_job)
+    entry = hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(attempt)
     try:
         entry()
-    except (ConfigError, TrimtabError) as error:
-        return _report(str(error), error.exit_code)
     except hydra.errors.HydraException as error:
         return _report(_first_lines(error), ConfigError.exit_code)
     except KeyboardInterrupt:
         return _report("interrupted; the same command resumes from the last checkpoint", 130)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return 0
+    return failures[0].exit_code if failures else 0
 
 
 def _first_lines(error: BaseException) -> str:
