@@ -23,6 +23,7 @@ from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.checkpoint.store import CheckpointStore
+from train.config import flatten
 from train.data.corpus import prepare
 from train.data.ledger import SkipLedger
 from train.data.order import SampleOrder
@@ -216,7 +217,7 @@ def _tracking(
         world_size=world.size,
         engine=engine.name,
         host=socket.gethostname(),
-        config=node,
+        config=flatten(node),
         flops_per_token=flops_per_token(
             config.model, config.data.sequence_length, engine.num_parameters
         ),

@@ -97,16 +97,16 @@ class Tracking(Callback):
         if peak is not None:
             mfu = speed * self._telemetry.flops_per_token / (peak * self._telemetry.world_size)
         metrics: dict[str, float | int | str | bool | None] = {
+            "loss_nats": signals.loss_nats,  # dashboards show charts in this order
+            "grad_norm": signals.grad_norm,
+            "lr": report.lr,
+            "tokens_per_second": speed,
             **state.as_dict(),
             "batch_samples": report.num_samples,
-            "loss_nats": signals.loss_nats,
-            "grad_norm": signals.grad_norm,
             "is_finite": signals.is_finite,
-            "lr": report.lr,
             "update": str(report.update),
             "step_seconds": report.step_seconds,
             "data_seconds": report.data_seconds,
-            "tokens_per_second": speed,
             "mfu": mfu,
             "verdict": str(report.verdict.kind) if report.verdict is not None else None,
             "time": report.finished_unix_seconds,

@@ -90,12 +90,16 @@ class CheckpointStore:
         except OSError as error:
             failure = str(error)
         self._agree(failure, temporary)
-        files: dict[str, dict[str, object]] = {}
         try:
             engine.save(temporary)
-            files = self._seal(temporary)
         except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
-            failure = f"{type(error).__name__}: {_first_line(error)}"
+            failure = f"{type(error).__name__}: {_last_line(error)}"
+        self._agree(failure, temporary)  # all parts are there: what is missing below is an error
+        files: dict[str, dict[str, object]] = {}
+        try:
+            files = self._seal(temporary)
+        except OSError as error:
+            failure = str(error)
         parts = self._agree(failure, temporary, files)
         info: CheckpointInfo | None = None
         try:
@@ -123,8 +127,7 @@ class CheckpointStore:
         return [answer[1] for answer in answers]
 
     def _seal(self, folder: Path) -> dict[str, dict[str, object]]:
-        """Fsync and digest this rank's share of the files. A collective (one barrier)."""
-        self._world.barrier()
+        """Fsync and digest this rank's share of the files."""
         mine = sorted(path for path in folder.rglob("*") if path.is_file())
         entries: dict[str, dict[str, object]] = {}
         for path in mine[self._world.rank :: self._world.size]:
@@ -198,19 +201,25 @@ class CheckpointStore:
         return state
 
     def promote(self, info: CheckpointInfo) -> None:
-        """Call a candidate good. Called on all ranks; no collective."""
-        self._set_health(info.name, Health.GOOD, "")
+        """Call a candidate good. Called on all ranks; no collective.
+
+        If that cannot be written, it holds for this process; a restart calls it good again later.
+        """
+        try:
+            self._set_health(info.name, Health.GOOD, "")
+        except OSError as error:
+            logger.warning("the health of %s could not be written (%s)", info.name, error)
 
     def quarantine(self, name: str, reason: str) -> None:
         """Never load a checkpoint again. Called on all ranks; no collective."""
         self._set_health(name, Health.QUARANTINED, reason)
 
     def _set_health(self, name: str, health: Health, reason: str) -> None:
-        if self._world.is_main and (self.folder / name).exists():
-            write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
         self._catalogue = [
             replace(info, health=health) if info.name == name else info for info in self._catalogue
         ]
+        if self._world.is_main and (self.folder / name).exists():
+            write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
 
     def _retain(self) -> None:
         """Delete what is not needed. Called on all ranks; no collective.
@@ -261,6 +270,6 @@ def _read_info(path: Path) -> CheckpointInfo | None:
         return None
 
 
-def _first_line(error: BaseException) -> str:
+def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[-1][:300] if lines else ""
