@@ -1,7 +1,8 @@
 """Processes: who we are, which device we use, and agreement among ranks.
 
 Owns the process group of one job. Each job takes its own prefix in the launcher's store, so that
-several jobs can follow each other in one process (Hydra multirun). A lone process makes none.
+several jobs can follow each other in one process (Hydra multirun). A process without a launcher
+needs no group and makes none.
 """
 
 from __future__ import annotations
@@ -98,7 +99,8 @@ def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     size = launched_size()
-    if resolve_engine(settings, size) is EngineKind.SINGLE:
+    is_single = resolve_engine(settings, size) is EngineKind.SINGLE
+    if is_single and "MASTER_ADDR" not in os.environ:
         yield World(rank=0, size=1, device=device)
         return
     timeout = timedelta(seconds=settings.timeout_seconds)

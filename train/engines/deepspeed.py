@@ -98,6 +98,8 @@ class DeepSpeedEngine:
         self.group_names: tuple[str, ...] = ()
         self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
         optimizer = make_optimizer(model, optim)
+        # It keeps process groups in module globals; those of an earlier job are gone by now.
+        deepspeed.utils.groups._release_process_group_references(group=None)
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False)
         self._engine, *_ = deepspeed.initialize(
             model=model,

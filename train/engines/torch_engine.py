@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from train.distributed import World
+from train.errors import CheckpointError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import OptimSettings
 from train.signals import Gate
@@ -171,12 +172,15 @@ class TorchEngine:
         return float(total[0] / total[1])  # host sync
 
     def save(self, folder: Path) -> None:
-        """Write model and optimizer through torch.distributed.checkpoint."""
+        """Write model and optimizer through torch.distributed.checkpoint.
+
+        Raises: CheckpointError, on all ranks, if any rank could not write its part.
+        """
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
-        with _quiet():
+        with _quiet(), _catchable():
             save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
 
     def load(self, folder: Path) -> None:
@@ -186,7 +190,7 @@ class TorchEngine:
         from torch.distributed.checkpoint.state_dict_loader import load
 
         state = self._state()
-        with _quiet():
+        with _quiet(), _catchable():
             reader = FileSystemReader(folder)
             load(state, storage_reader=reader, no_dist=self._world.size == 1)
         set_state_dict(
@@ -208,6 +212,17 @@ class TorchEngine:
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
         return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _catchable() -> Iterator[None]:
+    """Turn torch's CheckpointException, which no `except Exception` catches, into our own."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise CheckpointError(str(error).strip().splitlines()[-1]) from error
 
 
 @contextmanager
