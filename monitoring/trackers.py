@@ -85,10 +85,11 @@ class GuardedTracker:
     """Passes every call on and turns the tracker off for good after `max_errors` exceptions.
 
     Each error is one warning, a failed start included; then one last warning says that the tracker
-    is off. Nothing is ever raised.
+    is off. With `max_errors` None it stays on, and the 1st, 2nd, 4th, 8th error and so on is a
+    warning. Nothing is ever raised.
     """
 
-    def __init__(self, tracker: Tracker, max_errors: int = 3) -> None:
+    def __init__(self, tracker: Tracker, max_errors: int | None = 3) -> None:
         self._tracker = tracker
         self._max_errors = max_errors
         self._num_errors = 0
@@ -131,6 +132,12 @@ class GuardedTracker:
     def _count(self, what: str, error: Exception) -> None:
         self._num_errors += 1
         name = type(self._tracker).__name__
+        if self._max_errors is None:
+            if self._num_errors & (self._num_errors - 1) == 0:
+                message = "%s.%s failed (error %d): %s: %s"
+                kind = type(error).__name__
+                logger.warning(message, name, what, self._num_errors, kind, error)
+            return
         logger.warning(
             "%s.%s failed (%d of %d): %s: %s",
             name,
@@ -152,7 +159,7 @@ def build_trackers(config: TrackerConfig) -> list[Tracker]:
     """
     from monitoring.jsonl import JsonlTracker
 
-    trackers: list[Tracker] = [GuardedTracker(JsonlTracker())]
+    trackers: list[Tracker] = [GuardedTracker(JsonlTracker(), max_errors=None)]
     if config.kind is TrackerKind.swanlab:
         from monitoring.swanlab_tracker import SwanLabTracker
 

@@ -32,7 +32,7 @@ from train.data.stream import OrderedSource, PoisonedSource, SampleSource, Sampl
 from train.distributed import World, join_world
 from train.engines.base import Engine
 from train.engines.build import build_engine
-from train.errors import ConfigError, RunFolderError, StoppedByPolicyError
+from train.errors import CheckpointError, ConfigError, RunFolderError, StoppedByPolicyError
 from train.events import Callback, Events, RunStart
 from train.logs import log_to_folder
 from train.loop import Ending, Run, train
@@ -65,10 +65,10 @@ def execute(
             ]
         )
     _token_store(config, corpus)  # too little text is refused before any process group is made
-    if config.run.is_deterministic:
+    if torch.cuda.is_available():  # CPUs give the same bits by themselves, and it costs 0.8 s there
         # cuBLAS needs this, before its first use, to give the same bits each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(config.run.is_deterministic)
+        torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.
         _execute_in(world, config, node, corpus, process_start_time)
@@ -247,6 +247,11 @@ def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStor
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:
         raise StoppedByPolicyError(ending.stop.reason)
+    if not ending.is_saved:
+        raise CheckpointError(
+            f"the run is complete, but its last checkpoint could not be written to "
+            f"{run.store.folder}; make room and run the same command again"
+        )
 
 
 def _summary(config: RunConfig, run: Run, ending: Ending, store: TokenStore) -> dict[str, object]:

@@ -40,10 +40,11 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How a run ended."""
+    """How a run ended; `is_saved` is False if its last checkpoint could not be written."""
 
     state: TrainState
     stop: Stop | None = None
+    is_saved: bool = True
 
 
 def train(run: Run, state: TrainState) -> Ending:
@@ -75,9 +76,10 @@ def train(run: Run, state: TrainState) -> Ending:
         if isinstance(action, Stop):
             return _stop(run, state, action)
         state = _perform(run, state, action, reports)
-    if run.saves_at_end and all(info.clock != state.clock for info in run.store.entries()):
-        save(run, state, Health.CANDIDATE)
-    return Ending(state=state)
+    is_saved = not run.saves_at_end or any(
+        info.clock == state.clock for info in run.store.entries()
+    )
+    return Ending(state=state, is_saved=is_saved or save(run, state, Health.CANDIDATE))
 
 
 def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipeline) -> TrainState:
@@ -93,22 +95,22 @@ def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipelin
     raise AssertionError(f"no one performs {action}")
 
 
-def save(run: Run, state: TrainState, health: Health) -> None:
-    """Save a checkpoint; one that fails is a warning, and training goes on. A collective."""
+def save(run: Run, state: TrainState, health: Health) -> bool:
+    """Save a checkpoint and return True; one that fails is a warning. A collective."""
     started = time.perf_counter()
     extra = {"ledger": run.data.ledger.ranges(), "callbacks": run.events.state_dict()}
     try:
         info = run.store.save(run.engine, state, extra, health=health)
     except CheckpointError as error:
         logger.warning(
-            "the checkpoint of step %d could not be written (%s); training goes on, and the older "
-            "checkpoints are untouched",
+            "the checkpoint of step %d could not be written (%s); older checkpoints are untouched",
             state.step,
             error,
         )
         run.events.checkpoint_failed(state.step, str(error))
-        return
+        return False
     run.events.checkpoint_saved(info, time.perf_counter() - started)
+    return True
 
 
 def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline) -> TrainState:

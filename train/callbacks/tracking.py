@@ -144,7 +144,9 @@ class Tracking(Callback):
                 "reason": reason,
             }
         )
-        self._console.incident(f"the checkpoint of step {step} failed: {reason}")
+        self._console.incident(
+            f"the checkpoint of step {step} failed: {reason}", f"save of step {step} failed"
+        )
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Record and show a rewind."""

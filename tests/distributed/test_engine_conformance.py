@@ -1,0 +1,158 @@
+"""One suite that each engine passes: the same losses, the same checkpoints, whatever the ranks.
+
+Losses are global means in nats a token, computed in fp32, compared with `single` on one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+RELATIVE_TOLERANCE = 1e-5  # 2e-7 was measured
+ENGINES = (
+    ("single", 1),
+    ("ddp", 1),
+    ("fsdp", 1),
+    ("ddp", 2),
+    ("fsdp", 2),
+    ("deepspeed-zero1", 2),
+    ("deepspeed-zero2", 2),
+    ("deepspeed-zero3", 2),
+)
+TORCH_ENGINES = ENGINES[:5]
+
+Conformance = Callable[[str, int], list[dict[str, Any]]]
+Ask = Callable[..., list[dict[str, Any]]]
+every_engine = pytest.mark.parametrize(("engine", "num_ranks"), ENGINES)
+every_torch_engine = pytest.mark.parametrize(("engine", "num_ranks"), TORCH_ENGINES)
+
+
+def close(expected: Any) -> Any:
+    return pytest.approx(expected, rel=RELATIVE_TOLERANCE, abs=0)
+
+
+@every_engine
+def test_losses_are_those_of_a_single_process(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    (single,) = conformance("single", 1)
+    assert single["losses"][-1] < 0.8 * single["losses"][0], "something is learnt"
+    for rank in conformance(engine, num_ranks):
+        assert rank["losses"] == close(single["losses"])
+
+
+@every_engine
+def test_gradient_norms_are_those_of_a_single_process(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    """AdamW hides a wrong scale of the gradients from the losses; their norms do not."""
+    (single,) = conformance("single", 1)
+    for rank in conformance(engine, num_ranks):
+        assert rank["grad_norms"] == close(single["grad_norms"])
+
+
+@every_engine
+def test_all_ranks_are_told_the_same_numbers(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    first, *others = conformance(engine, num_ranks)
+    for other in others:
+        assert other == first
+
+
+@every_engine
+def test_accumulation_changes_no_loss(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    (single,) = conformance("single", 1)
+    found = conformance(engine, num_ranks)[0]
+    assert found["losses_accumulated"] == close(single["losses"])
+    norms = found["grad_norms_accumulated"]
+    assert norms[: len(single["grad_norms"])] == close(single["grad_norms"])
+    assert found["evaluation_accumulated"] == close(single["evaluation"])
+
+
+@every_engine
+def test_evaluation_agrees_with_a_single_process(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    (single,) = conformance("single", 1)
+    assert conformance(engine, num_ranks)[0]["evaluation"] == close(single["evaluation"])
+
+
+@every_engine
+def test_loading_goes_on_as_if_never_stopped(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    found = conformance(engine, num_ranks)[0]
+    uninterrupted = found["losses"][-len(found["losses_loaded"]) :]
+    if engine.startswith("deepspeed"):
+        assert found["losses_loaded"] == close(uninterrupted)
+    else:
+        assert found["losses_loaded"] == uninterrupted, "bit for bit"
+
+
+@every_torch_engine
+def test_loading_restores_every_bit(engine: str, num_ranks: int, conformance: Conformance) -> None:
+    found = conformance(engine, num_ranks)[0]
+    assert any("exp_avg_sq" in name for name in found["digest"])
+    assert any(name.endswith("/step") for name in found["digest"])
+    assert found["digest_loaded"] == found["digest"]
+
+
+@every_torch_engine
+def test_checkpoints_of_other_engines_and_numbers_of_ranks_load_bit_for_bit(
+    engine: str, num_ranks: int, conformance: Conformance, ask: Ask
+) -> None:
+    written = {f"{e}-{n}": conformance(e, n)[0] for e, n in TORCH_ENGINES}
+    (single,) = conformance("single", 1)
+    name = f"exchange-{engine}-{num_ranks}"
+    read = ask("exchange", name, num_ranks, engine, tuple(written))[0]
+    for checkpoint, found in read.items():
+        assert found.get("digest") == written[checkpoint]["digest"], (checkpoint, found)
+        assert found["losses"] == close(single["losses"][-len(found["losses"]) :])
+
+
+@pytest.mark.parametrize(("engine", "num_ranks"), [("single", 1), ("fsdp", 2)])
+def test_deepspeed_checkpoint_is_refused_by_other_engines(
+    engine: str, num_ranks: int, conformance: Conformance, ask: Ask
+) -> None:
+    conformance("deepspeed-zero2", 2)
+    for rank in ask("exchange", f"refuse-{engine}", num_ranks, engine, ("deepspeed-zero2-2",)):
+        message = rank["deepspeed-zero2-2"]["error"]
+        assert "was written as deepspeed-zero2-2-ranks" in message
+        assert f"engine.kind={engine} here reads dcp" in message
+        assert "start with the engine, ranks and ZeRO stage that wrote it" in message
+
+
+def test_deepspeed_refuses_the_checkpoints_of_others(conformance: Conformance, ask: Ask) -> None:
+    conformance("deepspeed-zero1", 2)
+    conformance("single", 1)
+    checkpoints = ("single-1", "deepspeed-zero1-2")
+    for rank in ask("exchange", "refuse-deepspeed", 2, "deepspeed", checkpoints):
+        for checkpoint, format_name in zip(
+            checkpoints, ("dcp", "deepspeed-zero1-2-ranks"), strict=True
+        ):
+            message = rank[checkpoint]["error"]
+            assert f"was written as {format_name}, and engine.kind=deepspeed" in message
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_save_that_fails_on_one_rank_fails_on_all_and_leaves_nothing(
+    failing_rank: int, ask: Ask
+) -> None:
+    for rank in ask("failing_save", f"failing-save-{failing_rank}", 2, failing_rank):
+        assert f"rank {failing_rank}: OSError" in rank["error"]
+        assert "No space left on device" in rank["error"]
+        assert rank["left"] == []
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
+def test_jobs_of_a_sweep_follow_each_other_in_one_process(
+    engine: str, conformance: Conformance, ask: Ask
+) -> None:
+    conformance("deepspeed-zero2" if engine == "deepspeed" else engine, 2)  # skips where needed
+    for rank in ask("jobs_in_a_row", f"jobs-{engine}", 2, engine):
+        assert rank["0"] == rank["1"] == rank["2"]
