@@ -36,7 +36,6 @@ TINY = (
     "model.num_layers=2",
     "model.num_heads=2",
     "data.sequence_length=32",
-    "data=files",
     f"data.paths=[{sysconfig.get_paths()['stdlib']}/asyncio]",
     "tokenizer=bytes",
     "tokenizer.vocab_size=257",

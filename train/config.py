@@ -21,7 +21,6 @@ from train.errors import ConfigError
 from train.recovery.policy import Rule
 from train.settings import (
     ChaosKind,
-    DataKind,
     Decay,
     Device,
     EngineKind,
@@ -221,13 +220,6 @@ def _engine_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _file_problems(config: RunConfig) -> Iterator[str]:
     data, tokenizer = config.data, config.tokenizer
-    if data.kind is DataKind.FILES and not data.paths:
-        yield "data.paths is empty; name text or JSONL files, folders or globs: data.paths=[...]"
-    if data.kind is DataKind.STDLIB and data.paths:
-        yield (
-            "data.paths is set, but data.kind=stdlib reads the embedded corpus; add data=files "
-            "to read your own text"
-        )
     for path in data.paths:
         if not any(mark in path for mark in "*?[") and not Path(path).expanduser().exists():
             yield f"data.paths: {path} does not exist; give a file, a folder or a glob"

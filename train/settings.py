@@ -116,20 +116,19 @@ class ModelSettings:
     init_std: PositiveFloat
 
 
-class DataKind(StrEnum):
-    """Where text comes from."""
-
-    STDLIB = "stdlib"
-    FILES = "files"
+def _one_or_many(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSettings:
-    """`data`: the corpus and how it is cut into samples."""
+    """`data`: the corpus and how it is cut into samples.
+
+    Without `paths`, the corpus is the running interpreter's own standard library.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    kind: DataKind
-    paths: tuple[str, ...]
+    paths: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
     text_key: str
     sequence_length: Count
     validation_samples: NonNegative

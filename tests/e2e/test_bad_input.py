@@ -100,20 +100,19 @@ def test_bad_config_is_said_once_for_all_ranks(tmp_path: Path) -> None:
 
 def _write(folder: Path, text: str) -> list[str]:
     (folder / "text.txt").write_text(text)
-    return ["data=files", f"data.paths=[{folder}/text.txt]", f"data.cache_dir={folder}/cache"]
+    return [f"data.paths=[{folder}/text.txt]", f"data.cache_dir={folder}/cache"]
 
 
 BAD_TEXT: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "empty": (lambda folder: _write(folder, ""), "the corpus is empty: 1 files hold no text"),
     "too little": (lambda folder: _write(folder, "few words"), "nothing is left to train on"),
     "no text files": (
-        lambda folder: ["data=files", f"data.paths=[{folder}]", f"data.cache_dir={folder}/cache"],
+        lambda folder: [f"data.paths=[{folder}]", f"data.cache_dir={folder}/cache"],
         "holds no text files",
     ),
     # Opening it works, even for root; reading it is an I/O error.
     "unreadable": (
         lambda folder: [
-            "data=files",
             "data.paths=[/proc/self/mem]",
             f"data.cache_dir={folder}/cache",
         ],

@@ -26,7 +26,7 @@ import numpy as np
 from train.data.store import CorpusInfo
 from train.durable import fsync_file, fsync_folder, write_json
 from train.errors import DataError
-from train.settings import DataKind, DataSettings, TokenizerKind, TokenizerSettings
+from train.settings import DataSettings, TokenizerKind, TokenizerSettings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -65,7 +65,7 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> CorpusInfo:
 
 def list_files(data: DataSettings) -> list[Path]:
     """Return the files of the corpus, sorted. Raises: DataError if there are none."""
-    if data.kind is DataKind.STDLIB:
+    if not data.paths:
         root = Path(sysconfig.get_paths()["stdlib"])
         unwanted = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
         found = {

@@ -60,11 +60,9 @@ def test_default_config_is_taken(compose_config: ComposeConfig) -> None:
 def test_every_option_composes_and_is_taken(
     option: str, experiment: list[str], compose_config: ComposeConfig, tmp_path: Path
 ) -> None:
-    text, tokenizer = tmp_path / "text.txt", tmp_path / "tokenizer.json"
-    text.write_text("text")
+    tokenizer = tmp_path / "tokenizer.json"
     tokenizer.write_text("{}")
     extra = {
-        "data=files": [f"data.paths=[{text}]"],
         "tokenizer=file": [f"tokenizer.path={tokenizer}"],
     }
     if option.startswith("exp="):
@@ -178,7 +176,7 @@ def test_several_problems_come_in_one_message(compose_node: ComposeNode) -> None
 
 
 def test_several_impossible_combinations_come_in_one_message(problems_of: Problems) -> None:
-    problems = problems_of("model.num_heads=3", "schedule.warmup_steps=9999", "data=files")
+    problems = problems_of("model.num_heads=3", "schedule.warmup_steps=9999", "data.paths=/no")
     assert len(problems) == 3
 
 
@@ -288,12 +286,7 @@ def test_bad_config_has_the_exit_code_that_stops_a_requeue(problems_of: Problems
             "engine.deepspeed is set, but engine.kind=fsdp; use engine=deepspeed or remove it",
         ),
         (
-            ["data=files"],
-            1,
-            "data.paths is empty; name text or JSONL files, folders or globs: data.paths=[...]",
-        ),
-        (
-            ["data=files", "data.paths=[/no/such/file.txt]"],
+            ["data.paths=[/no/such/file.txt]"],
             1,
             "data.paths: /no/such/file.txt does not exist; give a file, a folder or a glob",
         ),
@@ -335,13 +328,13 @@ def test_impossible_combination_is_refused(
     assert problems[0].startswith(problem)
 
 
-def test_paths_without_their_group_are_refused(problems_of: Problems, tmp_path: Path) -> None:
-    (problem,) = problems_of(f"data.paths=[{tmp_path}]")
-    assert problem.startswith("data.paths is set, but data.kind=stdlib reads the embedded corpus")
+def test_one_path_needs_no_list(compose_config: ComposeConfig, tmp_path: Path) -> None:
+    config, _ = compose_config([f"data.paths={tmp_path}"])
+    assert config.data.paths == (str(tmp_path),)
 
 
 def test_glob_and_folder_of_texts_are_taken(compose_config: ComposeConfig, tmp_path: Path) -> None:
-    compose_config(["data=files", f"data.paths=['{tmp_path}/*.txt','{tmp_path}']"])
+    compose_config([f"data.paths=['{tmp_path}/*.txt','{tmp_path}']"])
 
 
 def test_unknown_callback_is_refused(problems_of: Problems) -> None:

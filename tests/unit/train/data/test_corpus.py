@@ -12,7 +12,7 @@ import pytest
 from train.data.corpus import documents, list_files, prepare
 from train.data.store import CorpusInfo
 from train.errors import DataError
-from train.settings import DataKind, DataSettings, TokenizerKind, TokenizerSettings
+from train.settings import DataSettings, TokenizerKind, TokenizerSettings
 
 BYTES = TokenizerSettings(kind=TokenizerKind.BYTES, path=None, vocab_size=257)
 BPE = TokenizerSettings(kind=TokenizerKind.BPE, path=None, vocab_size=300)
@@ -21,7 +21,6 @@ END = 256
 
 def data(folder: Path, *paths: str | Path, text_key: str = "text") -> DataSettings:
     return DataSettings(
-        kind=DataKind.FILES,
         paths=tuple(str(path) for path in paths),
         text_key=text_key,
         sequence_length=8,
@@ -98,7 +97,6 @@ def test_lone_surrogate_of_a_crawl_does_not_stop_preparation(
 
 def test_standard_library_is_a_corpus_without_any_file_of_ours(tmp_path: Path) -> None:
     settings = DataSettings(
-        kind=DataKind.STDLIB,
         paths=(),
         text_key="text",
         sequence_length=8,
