@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from train.loop import Ending, Run, train
 from train.models.decoder import flops_per_token
 from train.recovery.journal import Journal
 from train.recovery.rewind import Rewinder
-from train.run_folder import RunFolder, open_folder
+from train.run_folder import FolderLock, RunFolder, open_folder
 from train.schedule import Schedule
 from train.settings import AmountUnit, ChaosKind, RunConfig
 from train.state import TrainState
@@ -83,13 +84,14 @@ def _execute_in(
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
     store = _token_store(config, corpus)
-    folder = _open_folder(config, node, corpus, world)
-    log_to_folder(folder.path)
-    run = _assemble(config, node, world, folder, store, process_start_time)
-    try:
-        _start_and_train(config, world, run, store)
-    finally:
-        run.events.close()
+    with closing(FolderLock(Path(config.run.dir) / config.run.name)) as lock:
+        folder = _open_folder(config, node, corpus, world, lock)
+        log_to_folder(folder.path)
+        run = _assemble(config, node, world, folder, store, process_start_time)
+        try:
+            _start_and_train(config, world, run, store)
+        finally:
+            run.events.close()
 
 
 def _token_store(config: RunConfig, corpus: CorpusInfo) -> TokenStore:
@@ -101,12 +103,17 @@ def _token_store(config: RunConfig, corpus: CorpusInfo) -> TokenStore:
 
 
 def _open_folder(
-    config: RunConfig, node: Mapping[str, Any], corpus: CorpusInfo, world: World
+    config: RunConfig,
+    node: Mapping[str, Any],
+    corpus: CorpusInfo,
+    world: World,
+    lock: FolderLock,
 ) -> RunFolder:
-    """Open the run folder on rank 0 and tell the others. A collective."""
+    """Lock and open the run folder on rank 0, and tell the others. A collective."""
     answer: RunFolder | RunFolderError | None = None
     if world.is_main:
         try:
+            lock.acquire()
             answer = open_folder(
                 Path(config.run.dir) / config.run.name,
                 config.run.name,

@@ -8,15 +8,17 @@ train.log        what rank 0 logged                summary.json, report.html at 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import OmegaConf
 
@@ -25,8 +27,9 @@ from train.durable import fsync_folder, write_atomically, write_json
 from train.errors import RunFolderError
 
 _RUN_FILE = "run.json"
-# What the launcher may put there before the run starts.
-_LAUNCHER_FOLDERS = frozenset({"launch", "logs"})
+_LOCK_FILE = ".lock"
+# What starting over leaves: the lock, and what the launcher may put there before the run starts.
+_KEPT = frozenset({_LOCK_FILE, "launch", "logs"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +49,46 @@ class RunFolder:
     def journal(self) -> Path:
         """The recovery journal."""
         return self.path / "journal.jsonl"
+
+
+class FolderLock:
+    """Keeps two runs out of one folder, a rank that outlived its launcher among them.
+
+    The kernel frees it when the process ends, however it ends. Used on rank 0 alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take the lock, making the folder if need be.
+
+        Raises: RunFolderError, naming the process that holds it.
+        """
+        self._path.mkdir(parents=True, exist_ok=True)
+        file = (self._path / _LOCK_FILE).open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            file.close()
+            raise RunFolderError(
+                [
+                    f"{self._path} is in use by {holder}; wait for it, end it, or use another "
+                    "run.name"
+                ]
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def close(self) -> None:
+        """Free the lock, if it was taken."""
+        if self._file is not None:
+            self._file.close()
 
 
 def launch_id() -> str:
@@ -149,7 +192,7 @@ def _clear(path: Path) -> None:
     (path / _RUN_FILE).unlink()
     fsync_folder(path)
     for entry in path.iterdir():
-        if entry.name in _LAUNCHER_FOLDERS:
+        if entry.name in _KEPT:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

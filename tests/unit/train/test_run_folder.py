@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from train.errors import RunFolderError
-from train.run_folder import RunFolder, check_folder, launch_id, open_folder, will_overwrite
+from train.run_folder import (
+    FolderLock,
+    RunFolder,
+    check_folder,
+    launch_id,
+    open_folder,
+    will_overwrite,
+)
 
 NODE: dict[str, Any] = {
     "run": {"name": "r", "seed": 1, "overwrite": False},
@@ -178,3 +186,23 @@ def test_run_without_its_config_is_refused_with_a_way_out(tmp_path: Path) -> Non
     (tmp_path / "r" / "config.yaml").unlink()
     with pytest.raises(RunFolderError, match=r"set run\.overwrite=true"):
         check_folder(tmp_path / "r", NODE, overwrite=False)
+
+
+def test_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
+    first, second = FolderLock(tmp_path / "r"), FolderLock(tmp_path / "r")
+    first.acquire()
+    with pytest.raises(RunFolderError, match=rf"in use by process {os.getpid()} on "):
+        second.acquire()
+    first.close()
+    second.acquire()
+    second.close()
+
+
+def test_lock_survives_starting_over(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path / "r")
+    lock.acquire()
+    start(tmp_path / "r")
+    start(tmp_path / "r", overwrite=True)
+    with pytest.raises(RunFolderError, match="in use"):
+        FolderLock(tmp_path / "r").acquire()
+    lock.close()
