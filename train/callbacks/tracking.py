@@ -16,7 +16,7 @@ from monitoring.console import ConsoleProgress, print_summary
 from monitoring.goodput import goodput_of_run
 from monitoring.incidents import collect_incidents
 from monitoring.records import JsonLinesWriter, number, read_run
-from monitoring.trackers import Tracker, TrackerConfig, dashboard_command
+from monitoring.trackers import GuardedTracker, Tracker, TrackerConfig, dashboard_command
 from train.checkpoint.info import CheckpointInfo
 from train.durable import write_json
 from train.events import Callback, CallbackPhase, RunStart
@@ -211,7 +211,10 @@ class Tracking(Callback):
         self._console.stop()
         print_summary(full, collect_incidents(records))
         command = dashboard_command(self._tracker_config, folder)
-        if command is not None:
+        is_tracked = not any(
+            isinstance(tracker, GuardedTracker) and tracker.is_off for tracker in self._trackers
+        )
+        if command is not None and is_tracked:
             self._console.message(f"dashboard: {command}")
 
     def close(self) -> None:
