@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +83,7 @@ def _execute_in(
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
     store = _token_store(config, corpus)
-    with closing(FolderLock(Path(config.run.dir) / config.run.name)) as lock:
+    with closing(FolderLock(config.run.folder)) as lock:
         folder = _open_folder(config, node, corpus, world, lock)
         log_to_folder(folder.path)
         run = _assemble(config, node, world, folder, store, process_start_time)
@@ -115,7 +114,7 @@ def _open_folder(
         try:
             lock.acquire()
             answer = open_folder(
-                Path(config.run.dir) / config.run.name,
+                config.run.folder,
                 config.run.name,
                 node,
                 overwrite=config.run.overwrite,
@@ -124,7 +123,7 @@ def _open_folder(
         except RunFolderError as error:
             answer = error
         except OSError as error:
-            path = Path(config.run.dir) / config.run.name
+            path = config.run.folder
             answer = RunFolderError([f"run.dir: {path} cannot be written ({error.strerror})"])
     problems = world.broadcast(answer.problems if isinstance(answer, RunFolderError) else None)
     if problems:

@@ -86,7 +86,7 @@ def run_job(node: DictConfig) -> None:
 
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
-    folder = Path(config.run.dir) / config.run.name
+    folder = config.run.folder
     check_folder(folder, plain, overwrite=config.run.overwrite)
     log_to_console()
     number = HydraConfig.get().job.num if _is_multirun() else 0

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
 from omegaconf import OmegaConf
 
 from train.config import differences
@@ -28,8 +29,19 @@ from train.errors import RunFolderError
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
-# What starting over leaves: the lock, and what the launcher may put there before the run starts.
-_KEPT = frozenset({_LOCK_FILE, "launch", "logs"})
+# What starting over removes: what a run writes, and nothing else that may lie in the folder.
+_OWNED = (
+    "checkpoints",
+    "journal.jsonl",
+    "metrics.jsonl",
+    "events.jsonl",
+    "summary.json",
+    "report.html",
+    "train.log",
+    "swanlog",
+    "wandb",
+    "config.yaml",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +118,11 @@ def will_overwrite(path: Path, *, overwrite: bool) -> bool:
     A restart within the launch that made the folder resumes it, whatever the flag says: otherwise
     each elastic restart or requeue would throw the run away.
     """
-    if not overwrite or not (path / _RUN_FILE).exists():
+    if not (path / _RUN_FILE).exists():
+        return False
+    if _read_identity(path).get("is_being_removed"):
+        return True  # starting over was cut short: it is finished first
+    if not overwrite:
         return False
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         return False
@@ -121,15 +137,28 @@ def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> Non
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError([f"run.name: {path} is a file; choose another run.name or run.dir"])
-    if not (path / _RUN_FILE).exists() or will_overwrite(path, overwrite=overwrite):
+    if not (path / _RUN_FILE).exists():
+        if (path / "checkpoints").exists() or (path / "journal.jsonl").exists():
+            raise RunFolderError(
+                [
+                    f"{path} has checkpoints or a journal, but no {_RUN_FILE} that says whose they "
+                    "are; bring it back, move them away, or use another run.name"
+                ]
+            )
+        return
+    if will_overwrite(path, overwrite=overwrite):
         return
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    except OSError as error:
+    except (OSError, yaml.YAMLError) as error:
+        saved = str(error)
+    if not isinstance(saved, Mapping):
         raise RunFolderError(
-            [f"{path}/config.yaml cannot be read ({error.strerror}); set run.overwrite=true"]
-        ) from error
-    assert isinstance(saved, Mapping)
+            [
+                f"{path}/config.yaml is damaged ({saved}); bring it back, or start over with "
+                "run.overwrite=true"
+            ]
+        )
     lines = differences({str(key): value for key, value in saved.items()}, node)
     if lines:
         ways_out = (
@@ -188,13 +217,14 @@ def _read_identity(path: Path) -> dict[str, Any]:
 
 
 def _clear(path: Path) -> None:
-    """Remove a run; its identity goes first, so that a kill leaves nothing that looks resumable."""
-    (path / _RUN_FILE).unlink()
-    fsync_folder(path)
-    for entry in path.iterdir():
-        if entry.name in _KEPT:
-            continue
+    """Remove a run, such that a kill at any point leaves either all of it or a marked remainder."""
+    write_json(path / _RUN_FILE, {**_read_identity(path), "is_being_removed": True})
+    for name in _OWNED:
+        entry = path / name
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
-            entry.unlink()
+            entry.unlink(missing_ok=True)
+    fsync_folder(path)
+    (path / _RUN_FILE).unlink()
+    fsync_folder(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, ClassVar
 
 from pydantic import BeforeValidator, ConfigDict, Field
@@ -78,6 +79,11 @@ class RunSettings:
     steps: Count
     seed: int
     is_deterministic: bool
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.dir).expanduser() / self.name
 
 
 class Activation(StrEnum):

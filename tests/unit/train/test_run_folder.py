@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,20 @@ def test_refusal_changes_nothing(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in (tmp_path / "r").iterdir()} == before
 
 
-def test_overwrite_starts_over_and_keeps_what_the_launcher_put_there(tmp_path: Path) -> None:
+def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
     first = start(tmp_path / "r")
     first.checkpoints.mkdir()
     (first.checkpoints / "old").write_text("old")
     (first.path / "metrics.jsonl").write_text("old")
-    (first.path / "link").symlink_to(tmp_path)
+    (first.path / "wandb").symlink_to(tmp_path)
+    (first.path / "notes.txt").write_text("mine")
     (first.path / "logs").mkdir()
     (first.path / "logs" / "1.out").write_text("kept")
     second = start(tmp_path / "r", changed(run={"seed": 2}), overwrite=True)
     assert second.attempt == 0
     assert second.run_id != first.run_id
     names = sorted(path.name for path in second.path.iterdir())
-    assert names == ["config.yaml", "logs", "run.json"]
+    assert names == ["config.yaml", "logs", "notes.txt", "run.json"]
     assert (second.path / "logs" / "1.out").read_text() == "kept"
     assert tmp_path.exists()
 
@@ -184,7 +186,41 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 def test_run_without_its_config_is_refused_with_a_way_out(tmp_path: Path) -> None:
     start(tmp_path / "r")
     (tmp_path / "r" / "config.yaml").unlink()
-    with pytest.raises(RunFolderError, match=r"set run\.overwrite=true"):
+    with pytest.raises(RunFolderError, match=r"start over with run\.overwrite=true"):
+        check_folder(tmp_path / "r", NODE, overwrite=False)
+
+
+def test_starting_over_that_was_killed_is_finished_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = start(tmp_path / "r")
+    first.checkpoints.mkdir()
+    first.journal.write_text("old")
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "r", overwrite=True)
+    second = start(tmp_path / "r")
+    assert second.run_id != first.run_id
+    assert not second.checkpoints.exists()
+    assert not second.journal.exists()
+
+
+def test_checkpoints_that_belong_to_no_run_are_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "r" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(RunFolderError, match=r"but no run\.json that says whose they are"):
+        check_folder(tmp_path / "r", NODE, overwrite=True)
+
+
+@pytest.mark.parametrize("damage", ["a: [", "- 1", ""])
+def test_damaged_config_is_refused_with_a_way_out(tmp_path: Path, damage: str) -> None:
+    start(tmp_path / "r")
+    (tmp_path / "r" / "config.yaml").write_text(damage)
+    with pytest.raises(RunFolderError):
         check_folder(tmp_path / "r", NODE, overwrite=False)
 
 
