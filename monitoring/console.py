@@ -195,6 +195,8 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
         value = number(summary, key)
         if value is not None:
             rows.append((label, form.format(value)))
+        elif isinstance(summary.get(key), float):
+            rows.append((label, "not finite"))
     wall_seconds = number(summary, "wall_seconds")
     if wall_seconds is not None:
         rows.append(("wall time", clock_time(wall_seconds)))

@@ -90,7 +90,9 @@ def _facts(run: RunRecords, goodput: Goodput) -> list[tuple[str, str]]:
     curve = run.curve
     last: Record = curve[-1] if curve else {}
     losses = [loss for record in curve if (loss := number(record, "loss_nats")) is not None]
-    final_loss = _first(number(run.summary, "final_loss_nats"), losses[-1] if losses else None)
+    final_loss = number(run.summary, "final_loss_nats")
+    if not run.summary and losses:
+        final_loss = losses[-1]
     tokens = _first(number(run.summary, "tokens_seen"), number(last, "tokens_seen"))
     speed = number(run.summary, "tokens_per_second")
     if speed is None:

@@ -144,7 +144,14 @@ def _assemble(
     """Put all parts together. A collective (engines are)."""
     schedule = Schedule(config.schedule, peak_lr=config.optim.lr, num_steps=config.run.steps)
     engine = build_engine(config, world)
-    checkpoints = CheckpointStore(folder.checkpoints, world, keep_good=config.checkpoint.keep_good)
+    rewind_steps = config.recovery.scaled_rewind_steps()
+    checkpoints = CheckpointStore(
+        folder.checkpoints,
+        world,
+        keep_good=config.checkpoint.keep_good,
+        # An onset is seen up to an interval late; the target must still be there.
+        keep_steps=rewind_steps + config.checkpoint.interval_steps if rewind_steps else 0,
+    )
     checkpoints.open()
     ledger = SkipLedger()
     stream = SampleStream(

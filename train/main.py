@@ -133,7 +133,13 @@ def main() -> int:
 
 def _first_lines(error: BaseException) -> str:
     causes = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
-    return "\n".join(text.partition("Config search path:")[0].strip() for text in causes)
+    text = "\n".join(text.partition("Config search path:")[0].strip() for text in causes)
+    if "LexerNoViableAlt" in text or "no viable alternative" in text or "mismatched input" in text:
+        text += (
+            "\nquote what is not plain text, inside the shell's own quotes: "
+            '\'data.paths=["~/my texts","~/more/*.jsonl"]\''
+        )
+    return text
 
 
 def _report(message: str, exit_code: int) -> int:

@@ -29,6 +29,7 @@ from train.errors import RunFolderError
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
+_IDENTITY_KEYS = {"name", "run_id", "data_digest", "attempts"}
 # What starting over removes: what a run writes, and nothing else that may lie in the folder.
 _OWNED = (
     "checkpoints",
@@ -105,11 +106,11 @@ class FolderLock:
 
 def launch_id() -> str:
     """Return what the launcher calls this launch; empty if there was no launcher."""
-    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"):
-        value = os.environ.get(variable, "")
-        if value and value != "none":
-            return value
-    return ""
+    job, step = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_STEP_ID")
+    if job and step:
+        return f"{job}.{step}"
+    value = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if value == "none" else value
 
 
 def will_overwrite(path: Path, *, overwrite: bool) -> bool:
@@ -124,8 +125,9 @@ def will_overwrite(path: Path, *, overwrite: bool) -> bool:
         return True  # starting over was cut short: it is finished first
     if not overwrite:
         return False
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        return False
+    for variable in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"):
+        if int(os.environ.get(variable) or "0") > 0:
+            return False
     made_by = _read_identity(path).get("launch_id", "")
     return not made_by or made_by != launch_id()
 
@@ -138,7 +140,7 @@ def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> Non
     if path.exists() and not path.is_dir():
         raise RunFolderError([f"run.name: {path} is a file; choose another run.name or run.dir"])
     if not (path / _RUN_FILE).exists():
-        if (path / "checkpoints").exists() or (path / "journal.jsonl").exists():
+        if any(path.glob("checkpoints/step-*")) or (path / "journal.jsonl").exists():
             raise RunFolderError(
                 [
                     f"{path} has checkpoints or a journal, but no {_RUN_FILE} that says whose they "
@@ -150,7 +152,7 @@ def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> Non
         return
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         saved = str(error)
     if not isinstance(saved, Mapping):
         raise RunFolderError(
@@ -213,6 +215,10 @@ def _read_identity(path: Path) -> dict[str, Any]:
         raise RunFolderError(
             [f"{path}/{_RUN_FILE} is damaged ({error}); bring it back, or remove {path}"]
         ) from error
+    if not isinstance(identity, dict) or not identity.keys() >= _IDENTITY_KEYS:
+        raise RunFolderError(
+            [f"{path}/{_RUN_FILE} is damaged (not an identity); bring it back, or remove {path}"]
+        )
     return identity
 
 

@@ -35,6 +35,7 @@ class AmountUnit(StrEnum):
 
 
 _MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_MAX_AMOUNT = 10**15
 _AMOUNT = re.compile(r"^\s*([\d_]*\.?\d+)\s*([kmbt]?)\s*(tokens|batches|steps)\s*$", re.IGNORECASE)
 
 
@@ -55,6 +56,8 @@ class Amount:
             raise ValueError('expected an amount such as "1B tokens", "300 batches" or "100 steps"')
         number, multiple, unit = match.groups()
         value = round(float(number.replace("_", "")) * _MULTIPLES[multiple.lower()])
+        if value > _MAX_AMOUNT:
+            raise ValueError(f"expected at most {_MAX_AMOUNT:,} of anything")
         return cls(value, AmountUnit(unit.lower()))
 
     def scaled(self, factor: float) -> Amount:
@@ -68,12 +71,20 @@ class Amount:
 AmountField = Annotated[Amount, BeforeValidator(Amount.parse)]
 
 
+def _whole_number_as_text(value: object) -> object:
+    return str(value) if type(value) is int else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
     """`run`: name and folder, length, seed."""
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,=+@-]*$", max_length=200)]
+    name: Annotated[
+        str,
+        BeforeValidator(_whole_number_as_text),
+        Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._,=+@-]*$", max_length=200),
+    ]
     dir: str
     overwrite: bool
     steps: Count

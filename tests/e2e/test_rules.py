@@ -72,7 +72,7 @@ def test_used_up_budget_stops_with_exit_code_3_and_says_what_was_tried(
     assert len(incidents(folder)) == budget
     assert f"all {budget} rewinds of the run are used up (recovery.max_rewinds)" in result.output
     assert "spike at step" in result.output
-    assert "lower optim.lr, or raise the limit to go on" in result.output
+    assert "raise the limit to go on, or begin another run with a lower optim.lr" in result.output
     assert summary(folder)["finished"] is False
     assert "used up" in summary(folder)["reason"]
 

@@ -6,6 +6,7 @@ is logged.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from statistics import fmean
 from monitoring.console import ConsoleProgress, print_summary
 from monitoring.goodput import goodput_of_run
 from monitoring.incidents import collect_incidents
-from monitoring.records import JsonLinesWriter, number, read_run
+from monitoring.records import JsonLinesWriter, finite, number, read_run
 from monitoring.trackers import GuardedTracker, Tracker, TrackerConfig, dashboard_command
 from train.checkpoint.info import CheckpointInfo
 from train.durable import write_json
@@ -191,20 +192,20 @@ class Tracking(Callback):
         self._events.write({"kind": "run_end", **now, **place, "reason": summary["reason"]})
         records = read_run(folder)
         losses = [number(record, "loss_nats") for record in records.curve]
-        finite = [loss for loss in losses[-_NUM_FINAL_STEPS:] if loss is not None]
+        final = [math.nan if loss is None else loss for loss in losses[-_NUM_FINAL_STEPS:]]
         speeds = [number(record, "tokens_per_second") or 0.0 for record in records.curve]
         goodput = goodput_of_run(folder)
         full = {
             **summary,
             "steps": summary["step"],
-            "final_loss_nats": fmean(finite) if finite else None,
+            "final_loss_nats": fmean(final) if final else None,
             "num_vetoed": sum(record.get("update") == "vetoed" for record in records.curve),
             "tokens_per_second": fmean(speeds) if speeds else None,
             "wall_seconds": goodput.wall_seconds,
             "goodput": goodput.as_dict(),
             "report": str(folder / "report.html"),
         }
-        write_json(folder / "summary.json", full)
+        write_json(folder / "summary.json", finite(full))
         write_report(folder)
         for tracker in self._trackers:
             tracker.finish(full)

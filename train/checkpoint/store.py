@@ -46,23 +46,28 @@ _FORMAT_VERSION = 1
 class CheckpointStore:
     """The folder `checkpoints` of one run. Make it, then call `open` on all ranks."""
 
-    def __init__(self, folder: Path, world: World, *, keep_good: int) -> None:
+    def __init__(self, folder: Path, world: World, *, keep_good: int, keep_steps: int = 0) -> None:
         self.folder = folder
         self._world = world
         self._keep_good = keep_good
+        self._keep_steps = keep_steps
         self._catalogue: list[CheckpointInfo] = []
+        self.unreadable: tuple[str, ...] = ()
+        """Names of folders that should be checkpoints, and are left alone."""
 
     def open(self) -> None:
         """Read the catalogue and clear what a killed save left. A collective."""
-        catalogue = None
+        found: tuple[list[CheckpointInfo], tuple[str, ...]] | None = None
         if self._world.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            catalogue = sorted(
-                filter(None, map(_read_info, self.folder.iterdir())), key=lambda info: info.clock
-            )
-        self._catalogue = self._world.broadcast(catalogue)
+            named = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
+            infos = {path.name: _read_info(path) for path in named}
+            readable = [info for info in infos.values() if info is not None]
+            unreadable = tuple(sorted(name for name, info in infos.items() if info is None))
+            found = sorted(readable, key=lambda info: info.clock), unreadable
+        self._catalogue, self.unreadable = self._world.broadcast(found)
 
     def entries(self) -> list[CheckpointInfo]:
         """Return all checkpoints, oldest clock first."""
@@ -165,7 +170,7 @@ class CheckpointStore:
         write_json(temporary / MANIFEST, manifest)
         final = self.folder / name
         if final.exists():  # an older one of the same clock was corrupt
-            final.rename(self.folder / f".saving-replaced-{name}-{os.getpid()}")
+            final.rename(self.folder / f"replaced-{name}-{os.getpid()}")
         temporary.rename(final)
         fsync_folder(self.folder)
         info = _read_info(final)
@@ -224,11 +229,16 @@ class CheckpointStore:
     def _retain(self) -> None:
         """Delete what is not needed. Called on all ranks; no collective.
 
-        Kept: the newest good ones (never fewer than one while there is one), all candidates
-        younger than the newest good one, and the step-0 checkpoint while no other is good.
+        Kept: the newest good ones (never fewer than one while there is one), good ones back to one
+        that is `keep_steps` older than the newest checkpoint, and all candidates younger than the
+        newest good one.
         """
         good = self.trusted(Health.GOOD)
         kept_good = {info.name for info in good[-self._keep_good :]}
+        oldest_needed = self._catalogue[-1].step - self._keep_steps
+        before = [info.step for info in good if info.step <= oldest_needed]
+        if self._keep_steps:
+            kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
         newest_good_clock = good[-1].clock if good else -1
         for info in self.entries():
             is_live_candidate = (
@@ -265,7 +275,7 @@ def _read_info(path: Path) -> CheckpointInfo | None:
             format=manifest["format"],
             health=health,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
         return None
 

@@ -35,7 +35,16 @@ logger = logging.getLogger(__name__)
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _BYTES_END_OF_DOCUMENT = 256
-_TEXT_SUFFIXES = frozenset({".txt", ".md", ".rst", ".py", ".jsonl", ".json", ".c", ".h", ".html"})
+# What is read of a folder; a file that is named outright is read whatever its suffix.
+_TEXT_SUFFIXES = frozenset(
+    {
+        *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".json", ".jsonl"),
+        *(".yaml", ".yml", ".toml", ".py", ".pyi", ".ipynb", ".c", ".h", ".cc", ".cpp", ".hpp"),
+        *(".cu", ".java", ".kt", ".scala", ".js", ".jsx", ".ts", ".tsx", ".go", ".rs", ".rb"),
+        *(".php", ".cs", ".swift", ".lua", ".r", ".jl", ".hs", ".ml", ".sh", ".sql"),
+    }
+)
+_PACKED_SUFFIXES = frozenset({".gz", ".zst", ".bz2", ".xz", ".zip", ".tar", ".parquet", ".arrow"})
 # Raised when the meaning of a cached folder changes.
 _CACHE_VERSION = 1
 
@@ -49,9 +58,10 @@ def prepare(data: DataSettings, tokenizer: TokenizerSettings) -> CorpusInfo:
     cache = _cache_folder(data)
     digest = _content_digest(files, data, tokenizer, cache)
     folder = cache / f"corpus-{digest[:20]}"
-    with _locked(cache / f"{folder.name}.lock"):
-        if not (folder / "manifest.json").exists():
-            _build(files, data, tokenizer, folder, digest)
+    if not (folder / "manifest.json").exists():
+        with _locked(cache / f"{folder.name}.lock"):
+            if not (folder / "manifest.json").exists():  # another process may have made it
+                _build(files, data, tokenizer, folder, digest)
     manifest = _read_json(folder / "manifest.json")
     return CorpusInfo(
         folder=folder,
@@ -78,16 +88,27 @@ def list_files(data: DataSettings) -> list[Path]:
         for match in glob.glob(expanded, recursive=True) or [expanded]:  # noqa: PTH207 - any root
             path = Path(match)
             if path.is_dir():
-                files |= {
+                inside = [
                     inner
                     for inner in path.rglob("*")
-                    if inner.is_file() and inner.suffix in _TEXT_SUFFIXES
-                }
+                    if inner.is_file() and "__pycache__" not in inner.parts
+                ]
+                texts = {inner for inner in inside if inner.suffix.lower() in _TEXT_SUFFIXES}
+                if len(texts) < len(inside):
+                    left_out = len(inside) - len(texts)
+                    logger.warning("%s: %d files without a text suffix left out", path, left_out)
+                files |= texts
             else:
                 files.add(path)
     missing = [str(path) for path in sorted(files) if not path.exists()]
     if missing:
         raise DataError(f"data.paths: {', '.join(missing[:5])} cannot be found; check the globs")
+    packed = [str(path) for path in sorted(files) if path.suffix.lower() in _PACKED_SUFFIXES]
+    if packed:
+        raise DataError(f"data.paths: {', '.join(packed[:5])} is packed; unpack it to plain text")
+    odd = [str(path) for path in sorted(files) if not path.is_file()]
+    if odd:
+        raise DataError(f"data.paths: {', '.join(odd[:5])} is not a regular file; take it out")
     if not files:
         raise DataError(
             f"data.paths={list(data.paths)} holds no text files; text is expected in "
@@ -103,15 +124,19 @@ def documents(path: Path, text_key: str) -> Iterator[str]:
     """
     try:
         if path.suffix != ".jsonl":
-            yield path.read_text(encoding="utf-8", errors="replace")
+            text = path.read_text(encoding="utf-8-sig", errors="replace")
+            if "\0" in text:
+                raise DataError(f"{path} is not text (it has NUL bytes); take it out of data.paths")
+            yield text
             return
-        with path.open(encoding="utf-8", errors="replace") as lines:
+        with path.open(encoding="utf-8-sig", errors="replace") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _text_of(json.loads(line), text_key, path, number)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else error
         raise DataError(
-            f"{path}: line {number} is not JSON ({error.msg}); each line of a .jsonl file is one "
+            f"{path}: line {number} is not JSON ({reason}); each line of a .jsonl file is one "
             "JSON object"
         ) from error
     except OSError as error:
@@ -348,7 +373,14 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; it is freed when the process ends, however it ends."""
-    with path.open("w") as file:
+    try:
+        file = path.open("w")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror}); set data.cache_dir to a folder that you "
+            "may write to"
+        ) from error
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:
             yield

@@ -41,7 +41,7 @@ class Engine(Protocol):
     def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
         """Return the mean loss in nats a token of `rows`, which are equal on all ranks.
 
-        A host sync. The rows that do not divide among the ranks are left out.
+        A host sync.
         """
 
     def save(self, folder: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from train.distributed import World
 from train.engines.optimizer import make_optimizer
-from train.engines.torch_engine import to_device
+from train.engines.torch_engine import evaluation_parts, to_device
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import EngineSettings, OptimSettings
@@ -60,6 +60,7 @@ def _merged(base: Mapping[str, object], over: Mapping[str, object]) -> dict[str,
 
 
 def _import_deepspeed(device: torch.device) -> Any:
+    os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it even where no launcher set it
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -138,16 +139,14 @@ class DeepSpeedEngine:
 
     def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
         """See `Engine.evaluate`."""
-        share = len(rows) // self._world.size
-        mine = rows[self._world.rank * share : (self._world.rank + 1) * share]
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         self._engine.eval()
         with torch.no_grad():
-            tokens = to_device(mine, self._world.device)
-            for chunk in torch.split(tokens, self._micro_batch_samples or 16):
+            for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
+                chunk = to_device(part, self._world.device)
                 cross_entropy, _ = self._engine(chunk)
-                total[0] += cross_entropy
-                total[1] += chunk.shape[0] * (chunk.shape[1] - 1)
+                total[0] += weight * cross_entropy
+                total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
         self._engine.train()
         dist.all_reduce(total)
         return float(total[0] / total[1])  # host sync

@@ -37,6 +37,22 @@ def to_device(rows: npt.NDArray[np.integer], device: torch.device) -> Tensor:
     return tokens.to(torch.int64)
 
 
+def evaluation_parts(
+    rows: npt.NDArray[np.integer], world: World, micro_batch_samples: int | None
+) -> Iterator[tuple[npt.NDArray[np.integer], int]]:
+    """Yield this rank's parts of `rows` and their weight; every rank gets as many parts.
+
+    Engines talk to each other in each forward: a rank that has run out of rows computes one of
+    weight 0.
+    """
+    share = -(-len(rows) // world.size)
+    size = micro_batch_samples or 16
+    for start in range(0, share, size):
+        first = world.rank * share + start
+        part = rows[first : min(first + size, (world.rank + 1) * share)]
+        yield (part, 1) if len(part) else (rows[:1], 0)
+
+
 def parameter_groups(model: nn.Module) -> tuple[tuple[str, ...], list[int]]:
     """Return the names of the groups (embedding, each block, head) and each parameter's group."""
     names: list[str] = []
@@ -157,16 +173,14 @@ class TorchEngine:
 
     def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
         """See `Engine.evaluate`."""
-        share = len(rows) // self._world.size
-        mine = rows[self._world.rank * share : (self._world.rank + 1) * share]
-        tokens = to_device(mine, self._world.device)
         total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
-            for chunk in torch.split(tokens, self._micro_batch_samples or 16):
+            for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
+                chunk = to_device(part, self._world.device)
                 with self._autocast():
                     cross_entropy, _ = self._module(chunk)
-                total[0] += cross_entropy
-                total[1] += chunk.shape[0] * (chunk.shape[1] - 1)
+                total[0] += weight * cross_entropy
+                total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
         if self._world.size > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1])  # host sync
@@ -222,6 +236,9 @@ def _catchable() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, KeyboardInterrupt | SystemExit):
+                raise failure from error
         raise CheckpointError(str(error).strip().splitlines()[-1]) from error
 
 

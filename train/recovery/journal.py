@@ -93,14 +93,17 @@ class Journal:
             fsync_folder(self.path.parent)
 
     def read(self) -> list[Incident]:
-        """Return all whole records in order; a damaged line is logged and left out.
+        """Return all whole records in order; a torn line is logged and left out.
 
-        Raises: JournalError if a whole record contradicts the format.
+        Raises: JournalError if a whole line fails its checksum or contradicts the format.
         """
-        if not self.path.exists():
-            return []
         incidents = []
-        lines = self.path.read_bytes().split(b"\n")
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"{self.path} cannot be read ({error.strerror})") from error
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 incident = self._parse(number, line)
@@ -117,8 +120,11 @@ class Journal:
             logger.warning("%s:%d is torn and was left out", self.path, number)
             return None
         if crc != f"{zlib.crc32(body.encode()):08x}":
-            logger.warning("%s:%d fails its checksum and was left out", self.path, number)
-            return None
+            raise JournalError(
+                f"{self.path}:{number} is whole but fails its checksum: it was changed after it "
+                "was written, and the data that it skips would be trained on; bring the line back "
+                "from a copy, or remove it to accept that"
+            )
         try:
             record["phase"] = Phase(record["phase"])
             record["skip"] = (int(record["skip"][0]), int(record["skip"][1]))

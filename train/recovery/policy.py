@@ -88,8 +88,8 @@ def decide(
     if history.num_rewinds >= budget.max_rewinds:
         return GiveUp(
             reason=f"{what}; all {budget.max_rewinds} rewinds of the run are used up "
-            "(recovery.max_rewinds): look at the incidents in the report, then lower optim.lr, "
-            "or raise the limit to go on"
+            "(recovery.max_rewinds): look at the incidents in the report, then raise the limit to "
+            "go on, or begin another run with a lower optim.lr"
         )
     before = sorted(
         (target for target in targets if target.step < verdict.onset_step),

@@ -101,6 +101,13 @@ class Rewinder:
             return Resumed(state=state, checkpoint=target, finished_incident=done)
         usable = [info for info in self._store.entries() if info.health is not Health.QUARANTINED]
         if not usable:
+            if self._store.entries() or self._store.unreadable:
+                names = [info.name for info in self._store.entries()] + [*self._store.unreadable]
+                raise CorruptCheckpointError(
+                    f"none of the checkpoints in {self._store.folder} can be used "
+                    f"({', '.join(names)}): they are quarantined, or their manifest or health file "
+                    "cannot be read; bring one back, or start over with run.overwrite=true"
+                )
             return None
         info, extra = self._load_first(usable[::-1])
         state = self._restore(extra)

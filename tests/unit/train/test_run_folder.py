@@ -30,7 +30,13 @@ NODE: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("SLURM_JOB_ID", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"):
+    for variable in (
+        "SLURM_JOB_ID",
+        "SLURM_STEP_ID",
+        "SLURM_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID",
+        "TORCHELASTIC_RESTART_COUNT",
+    ):
         monkeypatch.delenv(variable, raising=False)
 
 
@@ -116,10 +122,11 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) ->
     assert tmp_path.exists()
 
 
-@pytest.mark.parametrize("variable", ["SLURM_JOB_ID", "TORCHELASTIC_RUN_ID"])
+@pytest.mark.parametrize("variable", ["SLURM_STEP_ID", "TORCHELASTIC_RUN_ID"])
 def test_overwrite_within_the_launch_that_made_it_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv(variable, "launch-1")
     first = start(tmp_path / "r", overwrite=True)
     again = start(tmp_path / "r", overwrite=True)
@@ -142,9 +149,9 @@ def test_elastic_restart_without_a_run_id_does_not_start_over(
 def test_launch_resumed_by_another_launch_is_then_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     start(tmp_path / "r")
-    monkeypatch.setenv("SLURM_JOB_ID", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "2")
     assert start(tmp_path / "r").attempt == 1
     assert start(tmp_path / "r", overwrite=True).attempt == 2
 
@@ -154,7 +161,17 @@ def test_launch_without_a_name_of_its_own_has_none(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert launch_id() == ""
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    assert launch_id() == "77"
+    assert launch_id() == "", "one allocation can hold several launches"
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert launch_id() == "77.0"
+
+
+def test_requeued_job_resumes_whatever_the_flag_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start(tmp_path / "r", overwrite=True)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert start(tmp_path / "r", overwrite=True).attempt == 1
 
 
 def test_folder_without_a_run_is_not_overwritten_but_used(tmp_path: Path) -> None:
@@ -211,7 +228,7 @@ def test_starting_over_that_was_killed_is_finished_first(
 
 
 def test_checkpoints_that_belong_to_no_run_are_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "r" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "r" / "checkpoints" / "step-00000000-clock-00000000").mkdir(parents=True)
     with pytest.raises(RunFolderError, match=r"but no run\.json that says whose they are"):
         check_folder(tmp_path / "r", NODE, overwrite=True)
 

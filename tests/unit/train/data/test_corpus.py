@@ -110,7 +110,7 @@ def test_standard_library_is_a_corpus_without_any_file_of_ours(tmp_path: Path) -
 
 
 def test_bytes_come_back_as_the_text_they_were(tmp_path: Path) -> None:
-    text = "naïve – 文字 \x00\x7f"
+    text = "naïve – 文字 \x01\x7f"
     info = prepare(data(tmp_path, write(tmp_path / "a.txt", text)), BYTES)
     assert bytes(token for token in tokens_of(info) if token != END).decode() == text
 
