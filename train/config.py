@@ -35,6 +35,7 @@ _CALLBACKS = Path(__file__).parent / "callbacks"
 FREE_KEYS = (
     "run.overwrite",
     "run.dir",
+    "run.name",
     "engine.",
     "checkpoint.",
     "tracker.",

@@ -301,3 +301,17 @@ def test_disk_that_stays_full_keeps_the_older_checkpoints(
     (disk / "ballast").unlink()
     again = run(TINY, disk / "run")
     assert "resumed at step 15" in again.output
+
+
+def test_run_whose_checkpoints_cannot_be_read_does_not_begin_again(
+    tmp_path: Path, clean_single: Any
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(clean_single.folder, folder)
+    manifests = list((folder / "checkpoints").glob("*/manifest.json"))
+    for manifest in manifests:
+        manifest.unlink()
+    result = run(TINY, folder).expect(1)
+    assert "none of the checkpoints in" in result.output
+    assert "bring one back, or start over with run.overwrite=true" in result.output
+    assert len(list((folder / "checkpoints").glob("step-*"))) == len(manifests)

@@ -208,3 +208,25 @@ def test_same_state_saved_twice_is_one_checkpoint(
     save(store, engine, 3)
     assert steps(store) == [3]
     assert steps(opened(tmp_path)) == [3]
+
+
+def test_a_rule_that_goes_far_back_finds_its_target_kept(
+    tmp_path: Path, engine: FileEngine
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", WORLD, keep_good=2, keep_steps=4)
+    store.open()
+    for step in range(10):
+        save(store, engine, step, Health.GOOD)
+    assert steps(store) == [5, 6, 7, 8, 9], "the newest, back to one that is four steps older"
+
+
+def test_folders_that_should_be_checkpoints_are_named_and_never_removed(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    info = save(store, engine, 1, Health.GOOD)
+    (info.path / "health.json").write_text("[]")
+    again = opened(tmp_path)
+    assert again.unreadable == (info.name,)
+    save(again, engine, 1)
+    opened(tmp_path)
+    assert list(store.folder.glob(f"replaced-{info.name}-*"))

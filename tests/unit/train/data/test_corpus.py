@@ -273,3 +273,39 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
     left = {entry.name.partition("-")[0] for entry in (tmp_path / "cache").iterdir()}
     assert left <= {"text", "corpus"}
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".parquet"])
+def test_packed_file_is_refused_rather_than_read_as_text(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match="is packed; unpack it to plain text"):
+        list_files(data(tmp_path, path))
+
+
+def test_binary_file_is_refused_rather_than_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"text\0more")
+    with pytest.raises(DataError, match="is not text"):
+        prepare(data(tmp_path, tmp_path / "a.txt"), BYTES)
+
+
+def test_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(DataError, match="is not a regular file"):
+        list_files(data(tmp_path, tmp_path / "a.txt"))
+
+
+def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "x"}\n', encoding="utf-8")
+    assert tokens_of(prepare(data(tmp_path, path), BYTES)) == encoded("x")
+
+
+def test_files_of_a_folder_that_are_left_out_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "a.TXT").write_text("x")
+    (tmp_path / "t" / "b.png").write_text("x")
+    assert [path.name for path in list_files(data(tmp_path, tmp_path / "t"))] == ["a.TXT"]
+    assert "1 files without a text suffix left out" in caplog.text
