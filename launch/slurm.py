@@ -5,12 +5,12 @@ Refuses to leave files behind where there is no sbatch.
 Called by `launch.cli`.
 """
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
 
 from launch.errors import LaunchError
+from monitoring.atomic import write_text_atomically
 
 
 def submit(script: str, run_folder: Path) -> str:
@@ -26,7 +26,7 @@ def submit(script: str, run_folder: Path) -> str:
             " cluster, use cluster=local, or add --dry-run to see the script"
         )
     path = run_folder / "launch" / "job.sbatch"
-    write_whole(path, script)
+    write_text_atomically(path, script)
     (run_folder / "logs").mkdir(exist_ok=True)  # Slurm drops the output of a job without it
     done = subprocess.run(
         [sbatch, "--parsable", str(path)], capture_output=True, text=True, check=False
@@ -35,11 +35,3 @@ def submit(script: str, run_folder: Path) -> str:
         why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise LaunchError(f"sbatch refused {path}: {why}")
     return done.stdout.strip().partition(";")[0]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

@@ -1,7 +1,7 @@
 """One way to replace a file so that a reader sees the old one or the whole new one.
 
 Owns write, fsync and rename of small text files. Refuses checkpoints, which have their own format.
-Called by the report and the comparison picture.
+Called by the report, the comparison picture and the launcher.
 """
 
 from __future__ import annotations

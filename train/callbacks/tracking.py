@@ -6,6 +6,7 @@ is logged.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from train.events import Callback, CallbackPhase, RunStart
 from train.recovery.journal import Incident
 from train.signals import StepReport
 from train.state import TrainState
+
+logger = logging.getLogger(__name__)
 
 _NUM_FINAL_STEPS = 20
 
@@ -64,6 +67,7 @@ class Tracking(Callback):
         self._console = console
         self._events = JsonLinesWriter(telemetry.folder / "events.jsonl")
         self._has_stepped = False
+        self._peak_flops = telemetry.peak_flops
 
     def on_run_start(self, start: RunStart) -> None:
         """Open everything."""
@@ -93,10 +97,7 @@ class Tracking(Callback):
             self._has_stepped = True
             self._event("first_step", state, time=report.finished_unix_seconds)
         speed = report.num_tokens / max(1e-9, report.step_seconds + report.data_seconds)
-        peak = self._telemetry.peak_flops
-        mfu = None
-        if peak is not None:
-            mfu = speed * self._telemetry.flops_per_token / (peak * self._telemetry.world_size)
+        mfu = self._mfu(speed)
         metrics: dict[str, float | int | str | bool | None] = {
             "loss_nats": signals.loss_nats,  # dashboards show charts in this order
             "grad_norm": signals.grad_norm,
@@ -222,6 +223,23 @@ class Tracking(Callback):
         """Leave the terminal and the file as they should be."""
         self._console.stop()
         self._events.close()
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Return the share of the peak, None if the peak is not known or has proved too low."""
+        if self._peak_flops is None:
+            return None
+        reached = tokens_per_second * self._telemetry.flops_per_token
+        mfu = reached / (self._peak_flops * self._telemetry.world_size)
+        if mfu <= 1.0:
+            return mfu
+        self._peak_flops = None
+        logger.warning(
+            "MFU came out at %.0f%%: the peak of %.3g FLOP/s is too low (was the machine busy when "
+            "it was measured?), so none is shown; set engine.peak_tflops",
+            100 * mfu,
+            reached / mfu,
+        )
+        return None
 
     def _event(self, kind: str, state: TrainState, **fields: object) -> None:
         self._events.write(
