@@ -53,6 +53,7 @@ TINY = (
     "recovery.step_scale=1",
     "recovery.token_scale=1",
     "recovery.skip=10 batches",
+    "recovery.margin=0 batches",
 )
 # Batches 20 to 23 are foreign: samples 144 to 175, since the ramp makes the first four half as big.
 BAD_DATA = ("chaos=bad_data", "chaos.start=20 batches", "chaos.length=4 batches")

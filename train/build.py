@@ -22,13 +22,17 @@ from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
+from train.chaos import inject_into_engine, inject_into_source
+from train.checkpoint.snapshots import SnapshotRing, affordable_size, available_memory
 from train.checkpoint.store import CheckpointStore
+from train.checkpoint.tiers import Tiers
 from train.config import flatten
 from train.data.corpus import prepare
 from train.data.ledger import SkipLedger
 from train.data.order import SampleOrder
+from train.data.sequence import Returns
 from train.data.store import CorpusInfo, TokenStore
-from train.data.stream import OrderedSource, PoisonedSource, SampleSource, SampleStream
+from train.data.stream import OrderedSource, SampleSource, SampleStream
 from train.distributed import World, join_world
 from train.engines.base import Engine
 from train.engines.build import build_engine
@@ -37,11 +41,15 @@ from train.events import Callback, Events, RunStart
 from train.logs import log_to_folder
 from train.loop import Ending, Run, train
 from train.models.decoder import flops_per_token
+from train.recovery.capsule import Capsules
+from train.recovery.control import Inbox
+from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Journal
 from train.recovery.rewind import Rewinder
+from train.reports import was_calm_after
 from train.run_folder import FolderLock, RunFolder, open_folder
 from train.schedule import Schedule
-from train.settings import AmountUnit, ChaosKind, RunConfig
+from train.settings import RunConfig
 from train.state import TrainState
 from train.throughput import peak_flops
 
@@ -86,9 +94,9 @@ def _execute_in(
     with closing(FolderLock(config.run.folder)) as lock:
         folder = _open_folder(config, node, corpus, world, lock)
         log_to_folder(folder.path)
-        run = _assemble(config, node, world, folder, store, process_start_time)
+        run = _assemble(config, node, world, folder, corpus, store, process_start_time)
         try:
-            _start_and_train(config, world, run, store)
+            _start_and_train(config, world, folder, run, store)
         finally:
             run.events.close()
 
@@ -138,80 +146,106 @@ def _assemble(
     node: Mapping[str, Any],
     world: World,
     folder: RunFolder,
+    corpus: CorpusInfo,
     store: TokenStore,
     process_start_time: float,
 ) -> Run:
     """Put all parts together. A collective (engines are)."""
     schedule = Schedule(config.schedule, peak_lr=config.optim.lr, num_steps=config.run.steps)
-    engine = build_engine(config, world)
-    rewind_steps = config.recovery.scaled_rewind_steps()
-    checkpoints = CheckpointStore(
-        folder.checkpoints,
-        world,
-        keep_good=config.checkpoint.keep_good,
-        # An onset is seen up to an interval late; the target must still be there.
-        keep_steps=rewind_steps + config.checkpoint.interval_steps if rewind_steps else 0,
-    )
-    checkpoints.open()
-    ledger = SkipLedger()
+    history = RecoveryHistory()
+    engine = inject_into_engine(build_engine(config, world), config, world)
+    tiers = _tiers(config, folder, engine, history, world)
+    ledger, returns = SkipLedger(), Returns()
     stream = SampleStream(
-        _source(config, store, schedule), ledger, rank=world.rank, num_ranks=world.size
+        _source(config, store, schedule),
+        ledger,
+        rank=world.rank,
+        num_ranks=world.size,
+        returns=returns,
     )
+    capsules = Capsules(folder.incidents, engine=engine, stream=stream, corpus=corpus, world=world)
+    length = config.data.sequence_length
     makers: dict[str, Callable[[], Callback]] = {
-        "spike_detection": lambda: SpikeDetection(config.recovery),
-        "spike_recovery": lambda: SpikeRecovery(
-            config.recovery, checkpoints, schedule, config.data.sequence_length
-        ),
-        "checkpointing": lambda: Checkpointing(config.checkpoint, checkpoints),
+        "spike_detection": lambda: SpikeDetection(config.recovery, schedule, history),
+        "spike_recovery": lambda: SpikeRecovery(config.recovery, tiers, schedule, history, length),
+        "checkpointing": lambda: Checkpointing(config.checkpoint, tiers),
         "tracking": lambda: _tracking(config, node, world, folder, engine, process_start_time),
     }
-    callbacks: list[Callback] = [
+    chosen = [
         makers[name]() for name in config.callbacks.names if name != "tracking" or world.is_main
     ]
-    events = Events(callbacks, is_main=world.is_main)
+    events = Events([*chosen, capsules], is_main=world.is_main)
     logger.info("callbacks in order: %s", events.describe())
-    rewinder = Rewinder(
-        store=checkpoints,
-        journal=Journal(folder.journal),
-        ledger=ledger,
-        engine=engine,
-        events=events,
-        world=world,
-    )
     return Run(
         engine=engine,
         data=stream,
         schedule=schedule,
         events=events,
-        store=checkpoints,
-        rewinder=rewinder,
+        tiers=tiers,
+        history=history,
+        rewinder=Rewinder(
+            tiers=tiers,
+            journal=Journal(folder.journal),
+            history=history,
+            ledger=ledger,
+            returns=returns,
+            engine=engine,
+            events=events,
+            world=world,
+            recorder=capsules,
+        ),
+        inbox=Inbox(
+            folder.control,
+            tiers=tiers,
+            schedule=schedule,
+            history=history,
+            ledger=ledger,
+            sequence_length=length,
+            world=world,
+        ),
         last_step=config.run.steps,
         saves_at_start=config.checkpoint.save_at_start,
         saves_at_end=config.checkpoint.save_at_end,
     )
 
 
+def _tiers(
+    config: RunConfig,
+    folder: RunFolder,
+    engine: Engine,
+    history: RecoveryHistory,
+    world: World,
+) -> Tiers:
+    """Open the checkpoints on disk and the ring in memory. A collective."""
+    checkpoint = config.checkpoint
+    rewind_steps = config.recovery.furthest_rewind_steps()
+    store = CheckpointStore(
+        folder.checkpoints,
+        world,
+        keep_good=checkpoint.keep_good,
+        # An onset is seen up to an interval late; the target must still be there.
+        keep_steps=rewind_steps + checkpoint.interval_steps if rewind_steps else 0,
+        kept=lambda: history.kept_checkpoints(checkpoint.keep_incidents),
+    )
+    store.open()
+    size = checkpoint.keep_snapshots
+    if size and not engine.can_snapshot:
+        logger.info("%s keeps no snapshots in memory: rewinds go to disk", engine.name)
+        size = 0
+    if size:
+        size = affordable_size(
+            size,
+            state_bytes=engine.state_bytes,
+            ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            available_bytes=available_memory(),
+        )
+    return Tiers(store, SnapshotRing(engine, world, size=min(world.gather(size))))
+
+
 def _source(config: RunConfig, store: TokenStore, schedule: Schedule) -> SampleSource:
     """Return the samples in order, with the fault that the config puts in, if any."""
     order = SampleOrder(num_samples=store.num_samples, seed=config.run.seed)
-    source: SampleSource = OrderedSource(store, order)
-    if config.chaos.kind is ChaosKind.BAD_DATA:
-        length = config.data.sequence_length
-        start = schedule.amount_in_samples(config.chaos.start, from_step=0, sequence_length=length)
-        is_tokens = config.chaos.start.unit is AmountUnit.TOKENS
-        count = schedule.amount_in_samples(
-            config.chaos.length,
-            from_step=config.run.steps if is_tokens else config.chaos.start.value,
-            sequence_length=length,
-        )
-        source = PoisonedSource(
-            source,
-            start=start,
-            stop=start + count,
-            vocab_size=store.vocab_size,
-            seed=config.run.seed,
-        )
-    return source
+    return inject_into_source(OrderedSource(store, order), config, store.vocab_size, schedule)
 
 
 def _tracking(
@@ -241,9 +275,14 @@ def _tracking(
     return Tracking(telemetry, build_trackers(config.tracker), config.tracker, console)
 
 
-def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStore) -> None:
+def _start_and_train(
+    config: RunConfig, world: World, folder: RunFolder, run: Run, store: TokenStore
+) -> None:
     resumed = run.rewinder.resume()
     state = TrainState() if resumed is None else resumed.state
+    is_calm = world.broadcast(
+        was_calm_after(state.clock, folder.metrics) if world.is_main else None
+    )
     run.events.run_start(
         RunStart(
             name=config.run.name,
@@ -251,11 +290,14 @@ def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStor
             last_step=config.run.steps,
             num_parameters=run.engine.num_parameters,
             is_resumed=resumed is not None,
+            is_sound=is_calm and (resumed is None or resumed.finished_incident is None),
         )
     )
     if resumed is not None and resumed.finished_incident is not None:
         run.events.rewound(resumed.finished_incident, state, 0.0)
-    ending = train(run, state)
+    with closing(run.inbox):
+        run.inbox.start()
+        ending = train(run, state)
     run.events.run_end(_summary(config, run, ending, store))
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:
@@ -263,7 +305,7 @@ def _start_and_train(config: RunConfig, world: World, run: Run, store: TokenStor
     if not ending.is_saved:
         raise CheckpointError(
             f"the run is complete, but its last checkpoint could not be written to "
-            f"{run.store.folder}; make room and run the same command again"
+            f"{run.tiers.store.folder}; make room and run the same command again"
         )
 
 
@@ -273,11 +315,12 @@ def _summary(config: RunConfig, run: Run, ending: Ending, store: TokenStore) -> 
     loss = None
     if config.data.validation_samples and ending.stop is None:
         loss = run.engine.evaluate(store.validation_rows())
-    skipped = run.data.ledger.num_samples()
+    skipped = run.data.ledger.num_samples() - run.data.returns.num_samples()
     return {
         "name": config.run.name,
         "finished": ending.stop is None,
         "reason": "completed" if ending.stop is None else ending.stop.reason,
+        "reason_code": "completed" if ending.stop is None else ending.stop.code,
         **ending.state.as_dict(),
         "validation_loss_nats": loss,
         "evaluation_seconds": time.perf_counter() - started,

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.cluster import problems as cluster_problems
 from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
-from train.recovery.policy import Rule
+from train.recovery.policy import LADDER_RUNGS, Rule
 from train.settings import (
     ChaosKind,
     Decay,
@@ -244,6 +244,14 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                     f"recovery.rule={recovery.rule} needs the callback {name} in callbacks.names; "
                     "add it, or set recovery=none"
                 )
+        rungs = recovery.ladder
+        for rung in sorted(set(rungs) - LADDER_RUNGS):
+            yield (
+                f"recovery.ladder: {rung} is no attempt; use some of "
+                f"{', '.join(sorted(LADDER_RUNGS))}, in the order in which they are tried"
+            )
+        if recovery.rule in (Rule.LADDER, Rule.OBSERVE) and not rungs:
+            yield "recovery.ladder is empty; name at least one attempt, or use recovery=skip_step"
         if recovery.max_flagged_steps <= recovery.persistence_steps:
             yield (
                 f"recovery.max_flagged_steps={recovery.max_flagged_steps} accepts a level before "

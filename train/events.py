@@ -5,8 +5,10 @@
         gate()                              before each update, the tightest one holds
         needs_current(step)                 True asks for a report now instead of one step late
         after_update(report)                OBSERVE: a verdict; DECIDE, PERSIST: an action
-        on_checkpoint_saved(info)
-        on_rewind(incident, state)
+        on_note(note, state)                what was borne or observed, now in the journal
+        on_snapshot_taken, on_checkpoint_saved, on_checkpoint_failed
+        on_rewind(incident, state)          own state was restored before
+        on_ledger_change(incident, state)   an operator's skip or return
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
@@ -23,7 +25,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import TypeVar
 
-from train.actions import Action, worst
+from train.actions import Action, Note
 from train.checkpoint.info import CheckpointInfo
 from train.recovery.detector import Verdict
 from train.recovery.journal import Incident
@@ -46,13 +48,18 @@ class CallbackPhase(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunStart:
-    """What callbacks are told when a run starts or is taken up again."""
+    """What callbacks are told when a run starts or is taken up again.
+
+    `is_sound`: whether the loss after the resume should continue the loss before it; False if what
+    follows is known to be troubled, or if the resume itself finished a rewind.
+    """
 
     name: str
     state: TrainState
     last_step: int
     num_parameters: int
     is_resumed: bool
+    is_sound: bool = True
 
 
 class Callback:
@@ -82,6 +89,12 @@ class Callback:
     def after_update(self, report: StepReport) -> Action | Verdict | None:
         """Judge (OBSERVE) or ask for an action (other phases)."""
 
+    def on_note(self, note: Note, state: TrainState) -> None:
+        """Take note of what was borne or observed."""
+
+    def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
+        """Take note of a snapshot in memory, and of the seconds that the step waited for it."""
+
     def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
         """Take note of a durable checkpoint."""
 
@@ -90,6 +103,9 @@ class Callback:
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Take note of a finished rewind; own state was restored before."""
+
+    def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
+        """Take note of samples that an operator skipped or put back."""
 
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
@@ -128,8 +144,8 @@ class Events:
         """True if any callback needs the report of `step` at once."""
         return any(callback.needs_current(step) for callback in self._callbacks)
 
-    def after_update(self, report: StepReport) -> Action:
-        """Show a report to all callbacks and return the worst action; losers are logged."""
+    def after_update(self, report: StepReport) -> list[Action]:
+        """Show a report to all callbacks and return what they ask for, in order."""
         actions: list[Action] = []
         for callback in self._callbacks:
             answer = self._call(callback, lambda c: c.after_update(report))  # noqa: B023 - at once
@@ -137,14 +153,23 @@ class Events:
                 report = replace(report, verdict=answer)
             elif isinstance(answer, Action):
                 actions.append(answer)
-        winner, losers = worst(actions)
-        for loser in losers:
-            logger.info("%s wins over %s", winner, loser)
-        return winner
+        return actions
 
     def run_start(self, start: RunStart) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_run_start(start))
+
+    def noted(self, note: Note, state: TrainState) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_note(note, state))
+
+    def ledger_changed(self, incident: Incident, state: TrainState) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_ledger_change(incident, state))
+
+    def snapshot_taken(self, state: TrainState, seconds: float) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_snapshot_taken(state, seconds))
 
     def checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
         """Tell all callbacks."""

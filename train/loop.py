@@ -1,5 +1,5 @@
-"""The training loop, on one page, and the three things it does beside stepping: save, go back,
-stop. Only this module acts; callbacks ask.
+"""The training loop, on one page, and what it does beside stepping: save, skip, go back, stop.
+Only this module acts; callbacks ask.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ import logging
 import time
 from dataclasses import dataclass
 
-from train.actions import Action, Continue, Rewind, Save, Stop, worst
+from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
 from train.checkpoint.info import Health
-from train.checkpoint.store import CheckpointStore
+from train.checkpoint.tiers import Tiers
 from train.data.stream import SampleStream
 from train.engines.base import Engine
 from train.errors import CheckpointError
 from train.events import Events
+from train.recovery.control import Inbox
+from train.recovery.history import RecoveryHistory
 from train.recovery.rewind import Rewinder
 from train.reports import ReportPipeline
 from train.schedule import Schedule
@@ -31,8 +33,10 @@ class Run:
     data: SampleStream
     schedule: Schedule
     events: Events
-    store: CheckpointStore
+    tiers: Tiers
+    history: RecoveryHistory
     rewinder: Rewinder
+    inbox: Inbox
     last_step: int
     saves_at_start: bool
     saves_at_end: bool
@@ -52,14 +56,19 @@ def train(run: Run, state: TrainState) -> Ending:
     reports = ReportPipeline()
     if state.clock == 0 and run.saves_at_start:
         # Nothing has been learnt yet, so this one is good by construction.
-        save(run, state, Health.GOOD)
+        _save(run, state, Save(reason="start", to_memory=True), Health.GOOD)
+    state = _serve(run, state, reports)
     while state.step < run.last_step:
         started = time.perf_counter()
-        lr = run.schedule.lr_at(state.step)
+        lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
         batch = run.data.at(state.cursor, run.schedule.batch_samples_at(state.step))
         step_started = time.perf_counter()
         signals = run.engine.step(
-            batch.rows, num_tokens=batch.num_tokens, lr=lr, gate=run.events.gate()
+            batch.rows,
+            num_tokens=batch.num_tokens,
+            lr=lr,
+            gate=run.events.gate(),
+            flag=run.inbox.is_waiting(),
         )
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
         ready = reports.push(
@@ -72,14 +81,26 @@ def train(run: Run, state: TrainState) -> Ending:
             data_seconds=step_started - started,
             is_flushed=state.step == run.last_step or run.events.needs_current(state.step),
         )
-        action, _ = worst([run.events.after_update(report) for report in ready])
-        if isinstance(action, Stop):
-            return _stop(run, state, action)
-        state = _perform(run, state, action, reports)
+        for action in _wanted([run.events.after_update(report) for report in ready]):
+            if isinstance(action, Stop):
+                return _stop(run, state, action)
+            state = _perform(run, state, action, reports)
+        if any(report.signals.is_flagged for report in ready):
+            state = _serve(run, state, reports)
     is_saved = not run.saves_at_end or any(
-        info.clock == state.clock for info in run.store.entries()
+        info.clock == state.clock for info in run.tiers.store.entries()
     )
-    return Ending(state=state, is_saved=is_saved or save(run, state, Health.CANDIDATE))
+    last = Save(reason="end")
+    return Ending(state=state, is_saved=is_saved or _save(run, state, last, Health.CANDIDATE))
+
+
+def _wanted(answers: list[list[Action]]) -> list[Action]:
+    """Return the notes to write and, behind them, the one action that wins."""
+    actions = [action for answer in answers for action in answer]
+    winner, losers = worst(action for action in actions if not isinstance(action, Note))
+    for loser in losers:
+        logger.info("%s wins over %s", winner, loser)
+    return [*(action for action in actions if isinstance(action, Note)), winner]
 
 
 def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipeline) -> TrainState:
@@ -87,20 +108,53 @@ def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipelin
     match action:
         case Continue():
             return state
+        case Note():
+            run.rewinder.note(action)
+            run.events.noted(action, state)
+            return state
         case Save():
-            save(run, state, Health.CANDIDATE)
+            _save(run, state, action, Health.CANDIDATE)
+            return state
+        case Skip():
+            record = run.rewinder.skip(action, state)
+            run.events.ledger_changed(record, state)
+            return state
+        case Unskip():
+            end = run.data.cursor_after(
+                state.cursor, run.schedule.samples_between(state.step, run.last_step)
+            )
+            record = run.rewinder.unskip(action, state, end_cursor=end)
+            run.events.ledger_changed(record, state)
             return state
         case Rewind():
             return _rewind(run, state, action, reports)
     raise AssertionError(f"no one performs {action}")
 
 
-def save(run: Run, state: TrainState, health: Health) -> bool:
-    """Save a checkpoint and return True; one that fails is a warning. A collective."""
-    started = time.perf_counter()
+def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
+    """Do what an operator has asked for, in order. A collective."""
+    for request in run.inbox.collect(state):
+        state = _perform(run, state, request.action, reports)
+        done = run.history.records[-1]
+        run.inbox.answer(
+            request.name,
+            is_accepted=True,
+            message=f"incident {done.incident}: {done.reason}; the run goes on at step "
+            f"{state.step}, sample {state.cursor}",
+        )
+    return state
+
+
+def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
+    """Keep the state and return True; a save to disk that fails is a warning. A collective."""
     extra = {"ledger": run.data.ledger.ranges(), "callbacks": run.events.state_dict()}
+    if action.to_memory:
+        run.events.snapshot_taken(state, run.tiers.ring.take(state, extra, health=health))
+    if not action.to_disk:
+        return True
+    started = time.perf_counter()
     try:
-        info = run.store.save(run.engine, state, extra, health=health)
+        info = run.tiers.store.save(run.engine, state, extra, health=health)
     except CheckpointError as error:
         logger.warning(
             "the checkpoint of step %d could not be written (%s); older checkpoints are untouched",
@@ -124,6 +178,8 @@ def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline
 
 def _stop(run: Run, state: TrainState, action: Stop) -> Ending:
     logger.warning("stopping: %s", action.reason)
+    if action.is_failure:
+        run.rewinder.stopped(action, state)
     if action.needs_save:
-        save(run, state, Health.CANDIDATE)
+        _save(run, state, Save(reason="stop"), Health.CANDIDATE)
     return Ending(state=state, stop=action)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from train.recovery.detector import CALM_KINDS
 from train.signals import StepReport, StepSignals
 from train.state import TrainState
 
@@ -99,3 +102,30 @@ def _resolve(pending: _Pending) -> StepReport:
         data_seconds=pending.data_seconds,
         finished_unix_seconds=pending.finished_unix_seconds,
     )
+
+
+_TAIL_BYTES = 4 * 2**20
+_NUM_STEPS_AFTER = 4
+
+
+def was_calm_after(clock: int, metrics: Path) -> bool:
+    """True unless the metrics know of trouble in the first steps after `clock`.
+
+    A run that was cut short right after a checkpoint has seen those steps before: if they were
+    troubled then, the same trouble after the resume does not mean that the resume went wrong.
+    """
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES))
+            lines = file.read().split(b"\n")
+    except OSError:
+        return True
+    for line in lines:
+        try:
+            record = json.loads(line)
+            is_near = clock < record["clock"] <= clock + _NUM_STEPS_AFTER
+            if is_near and record["verdict"] not in (*CALM_KINDS, None):
+                return False
+        except (ValueError, KeyError, TypeError):
+            continue  # torn, or the rest of a line
+    return True

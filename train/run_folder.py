@@ -3,6 +3,7 @@
 config.yaml      the resolved configuration        journal.jsonl   recovery, append-only
 run.json         name, id, attempts, data digest   metrics.jsonl   one line a step
 checkpoints/     one folder each                   events.jsonl    the timeline
+incidents/       the evidence of each              control/        what operators ask for
 train.log        what rank 0 logged                summary.json, report.html at the end
 """
 
@@ -34,6 +35,8 @@ _IDENTITY_KEYS = {"name", "run_id", "data_digest", "attempts"}
 _OWNED = (
     "checkpoints",
     "journal.jsonl",
+    "incidents",
+    "control",
     "metrics.jsonl",
     "events.jsonl",
     "summary.json",
@@ -62,6 +65,21 @@ class RunFolder:
     def journal(self) -> Path:
         """The recovery journal."""
         return self.path / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def incidents(self) -> Path:
+        """The evidence of each incident."""
+        return self.path / "incidents"
+
+    @property
+    def control(self) -> Path:
+        """Requests of operators, and the answers."""
+        return self.path / "control"
 
 
 class FolderLock:

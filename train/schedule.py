@@ -49,6 +49,13 @@ class Schedule:
         grown = (settings.batch_samples - start) * step // settings.batch_ramp_steps
         return start + grown // increment * increment
 
+    def is_change_at(self, step: int) -> bool:
+        """True if the batch of `step` is larger than the one before by a quarter or more.
+
+        Such a change is known beforehand, so it is no surprise to the detector.
+        """
+        return step > 0 and self.batch_samples_at(step) >= 1.25 * self.batch_samples_at(step - 1)
+
     def samples_between(self, first_step: int, last_step: int) -> int:
         """Return how many samples the updates `first_step <= step < last_step` read."""
         settings = self._settings

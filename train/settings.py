@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 from launch.cluster import ClusterConfig
 from monitoring.trackers import TrackerConfig
-from train.recovery.policy import Rule
+from train.recovery.policy import Rule, Rung
 
 REFUSE_UNKNOWN = ConfigDict(extra="forbid")
 
@@ -254,8 +254,16 @@ class CheckpointSettings:
     interval_steps: Count
     good_after_steps: Count
     keep_good: Annotated[int, Field(ge=2)]
+    keep_incidents: NonNegative
+    keep_snapshots: NonNegative
+    snapshot_interval_steps: Count | None
     save_at_start: bool
     save_at_end: bool
+
+    @property
+    def snapshot_steps(self) -> int:
+        """How many steps lie between snapshots in memory."""
+        return self.snapshot_interval_steps or self.interval_steps
 
 
 class Veto(StrEnum):
@@ -269,30 +277,58 @@ class Veto(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecoverySettings:
-    """`recovery`: the detector, the rule and its amounts."""
+    """`recovery`: the detector, the rule, its amounts and its budgets."""
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
     rule: Rule
     veto: Veto
     skip: AmountField
+    margin: AmountField
     rewind_steps: NonNegative
     token_scale: PositiveFloat
     step_scale: PositiveFloat
+    ladder: tuple[Rung, ...]
+    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    cool_factor: Annotated[float, Field(gt=0, lt=1)]
+    cool_steps: Count
+    cooldown_steps: NonNegative
     max_rewinds: NonNegative
+    max_vetoes: NonNegative
+    max_vetoes_in_a_row: Count
+    announced: tuple[NonNegative, ...]
+    announced_steps: Count
     window_steps: Annotated[int, Field(ge=8)]
     warmup_steps: Annotated[int, Field(ge=4)]
     threshold_sigma: PositiveFloat
     persistence_steps: Count
     max_flagged_steps: Count
 
-    def scaled_skip(self) -> Amount:
-        """The amount to skip, scaled to the size of the run."""
-        is_tokens = self.skip.unit is AmountUnit.TOKENS
-        return self.skip.scaled(self.token_scale if is_tokens else self.step_scale)
+    @property
+    def resolved_veto(self) -> Veto:
+        """What `auto` means for the rule: refusing outliers is the ladder's first rung."""
+        if self.rule is Rule.OBSERVE:
+            return Veto.OFF
+        if self.veto is not Veto.AUTO:
+            return self.veto
+        return Veto.OUTLIER if self.rule in (Rule.LADDER, Rule.SKIP_STEP) else Veto.NONFINITE
 
-    def scaled_rewind_steps(self) -> int:
-        """How many steps before the onset a target lies, scaled to the size of the run."""
-        return round(self.rewind_steps * self.step_scale)
+    def scaled_steps(self, steps: int) -> int:
+        """Return `steps`, scaled to the size of the run; 0 stays 0, others are at least 1."""
+        return max(1, round(steps * self.step_scale)) if steps else 0
+
+    def scaled(self, amount: Amount) -> Amount:
+        """Return `amount`, scaled to the size of the run; an amount of 0 stays 0."""
+        if amount.value == 0:
+            return amount
+        is_tokens = amount.unit is AmountUnit.TOKENS
+        return amount.scaled(self.token_scale if is_tokens else self.step_scale)
+
+    def furthest_rewind_steps(self) -> int:
+        """Return how far before an onset a target may be wanted, in steps of this run."""
+        further = self.ladder.count(Rung.SKIP_FURTHER)
+        is_ladder = self.rule in (Rule.LADDER, Rule.OBSERVE)
+        factor = self.growth ** max(0, further - 1) if is_ladder else 1.0
+        return round(self.scaled_steps(self.rewind_steps) * factor)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,16 +344,27 @@ class ChaosKind(StrEnum):
 
     NONE = "none"
     BAD_DATA = "bad_data"
+    LR_SHOCK = "lr_shock"
+    BIT_FLIP = "bit_flip"
+    NAN_ON_ONE_RANK = "nan_on_one_rank"
+    SLOW_DIVERGENCE = "slow_divergence"
+    LEVEL_SHIFT = "level_shift"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChaosSettings:
-    """`chaos`: a real fault, from a point of the data order on, for a length of it."""
+    """`chaos`: a real fault, from a point of the run on, for a length of it.
+
+    Faults of the data count from the start of the order, all others from the start of the run.
+    `factor` is what the learning rate is multiplied by; `rank` is where the fault strikes.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
     kind: ChaosKind
     start: AmountField
     length: AmountField
+    factor: PositiveFloat
+    rank: NonNegative
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """What a step tells the host: `StepSignals`, `StepReport`, and the `Gate` that the device obeys.
 
 The engine fills one small vector on the device, in the layout below, after its one fused reduce.
-The loop copies it without waiting and turns it into a report one step later.
+The loop copies it without waiting and turns it into a report one step later. A slot that an engine
+cannot fill is NaN, and reads as None.
 """
 
 from __future__ import annotations
@@ -15,8 +16,17 @@ from train.recovery.detector import Verdict
 from train.state import TrainState
 
 # Layout of the device vector; the norms of the parameter groups follow.
-LOSS, GRAD_NORM, IS_VETOED = range(3)
-NUM_FIXED_SIGNALS = 3
+(
+    LOSS,
+    GRAD_NORM,
+    UPDATE_NORM,
+    NONFINITE_SHARE,
+    NUM_BAD_RANKS,
+    BAD_RANK_SUM,
+    IS_FLAGGED,
+    IS_VETOED,
+) = range(8)
+NUM_FIXED_SIGNALS = 8
 
 
 class Update(StrEnum):
@@ -46,11 +56,23 @@ class Gate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSignals:
-    """Global values of one step, equal on all ranks: mean loss in nats a token, gradient norms."""
+    """Global values of one step, equal on all ranks.
+
+    `loss_nats`: mean loss a token. `grad_norm`: before clipping; `group_norms` by parameter group.
+    `update_norm`: of the last update that was applied *before* this step, weight decay left out
+    (it rides in this step's reduce). `nonfinite_share`: share of the gradient values that lie in
+    tensors with a non-finite norm. `num_bad_ranks`: ranks whose own loss was not finite;
+    `bad_rank` names it if it was one alone. `is_flagged`: a rank asked for the attention of all.
+    """
 
     loss_nats: float
     grad_norm: float
     is_vetoed: bool
+    update_norm: float | None = None
+    nonfinite_share: float | None = None
+    num_bad_ranks: int = 0
+    bad_rank: int | None = None
+    is_flagged: bool = False
     group_norms: tuple[float, ...] = ()
 
     @property
@@ -61,12 +83,22 @@ class StepSignals:
     @classmethod
     def from_vector(cls, values: Sequence[float]) -> StepSignals:
         """Read the layout at the top of this module."""
+        num_bad_ranks = int(values[NUM_BAD_RANKS])
         return cls(
             loss_nats=values[LOSS],
             grad_norm=values[GRAD_NORM],
             is_vetoed=values[IS_VETOED] != 0.0,
+            update_norm=_known(values[UPDATE_NORM]),
+            nonfinite_share=_known(values[NONFINITE_SHARE]),
+            num_bad_ranks=num_bad_ranks,
+            bad_rank=int(values[BAD_RANK_SUM]) if num_bad_ranks == 1 else None,
+            is_flagged=values[IS_FLAGGED] != 0.0,
             group_norms=tuple(values[NUM_FIXED_SIGNALS:]),
         )
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -325,7 +325,7 @@ def _plain_step(
 ) -> float:
     optimizer.zero_grad()
     cross_entropy, square_log_z = model(torch.from_numpy(rows).to(torch.int64))
-    loss = (cross_entropy + config.optim.z_loss * square_log_z) / rows[:, 1:].size
+    loss = (cross_entropy.sum() + config.optim.z_loss * square_log_z) / rows[:, 1:].size
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
     optimizer.step()

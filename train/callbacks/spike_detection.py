@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from train.events import Callback, CallbackPhase
+from train.events import Callback, CallbackPhase, RunStart
 from train.recovery.detector import SpikeDetector, Verdict
+from train.recovery.history import RecoveryHistory
+from train.schedule import Schedule
 from train.settings import RecoverySettings, Veto
 from train.signals import Gate, StepReport
 
@@ -15,19 +17,30 @@ class SpikeDetection(Callback):
 
     phase = CallbackPhase.OBSERVE
 
-    def __init__(self, settings: RecoverySettings) -> None:
-        self._has_outlier_gate = settings.veto is Veto.OUTLIER
+    def __init__(
+        self, settings: RecoverySettings, schedule: Schedule, history: RecoveryHistory
+    ) -> None:
+        self._settings = settings
+        self._schedule = schedule
+        self._history = history
+        self._has_outlier_gate = settings.resolved_veto is Veto.OUTLIER
         self._detector = SpikeDetector(
             window=settings.window_steps,
             warm_up_steps=settings.warmup_steps,
             threshold=settings.threshold_sigma,
             persistence=settings.persistence_steps,
             max_flagged_steps=settings.max_flagged_steps,
+            announced_steps=settings.announced_steps,
         )
 
+    def on_run_start(self, start: RunStart) -> None:
+        """After a resume, the loss must go on where it was."""
+        if start.is_resumed and start.is_sound:
+            self._detector.resumed()
+
     def gate(self) -> Gate | None:
-        """Refuse outliers on the device, if the config says so."""
-        if not self._has_outlier_gate:
+        """Refuse outliers on the device, if the config says so and the budget is not used up."""
+        if not self._has_outlier_gate or self._history.num_vetoes >= self._settings.max_vetoes:
             return None
         max_loss, max_norm = self._detector.limits()
         return Gate(max_loss_nats=max_loss, max_grad_norm=max_norm)
@@ -35,7 +48,25 @@ class SpikeDetection(Callback):
     def after_update(self, report: StepReport) -> Verdict:
         """Return the verdict of a step."""
         signals = report.signals
-        return self._detector.update(report.state.step, signals.loss_nats, signals.grad_norm)
+        step = report.state.step
+        if self._is_announced(step):
+            self._detector.announce(step)
+        return self._detector.update(
+            step,
+            signals.loss_nats,
+            signals.grad_norm,
+            update_norm=signals.update_norm,
+            group_norms=signals.group_norms,
+            nonfinite_share=signals.nonfinite_share,
+        )
+
+    def _is_announced(self, step: int) -> bool:
+        """True if a change that is known beforehand takes effect in the update `step`."""
+        return (
+            step in self._settings.announced
+            or self._schedule.is_change_at(step - 1)
+            or any(step - 1 in (c.from_step, c.until_step) for c in self._history.coolings)
+        )
 
     def state_dict(self) -> dict[str, object]:
         """Return the detector's state."""

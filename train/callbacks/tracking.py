@@ -19,6 +19,7 @@ from monitoring.goodput import goodput_of_run
 from monitoring.incidents import collect_incidents
 from monitoring.records import JsonLinesWriter, finite, number, read_run
 from monitoring.trackers import GuardedTracker, Tracker, TrackerConfig, dashboard_command
+from train.actions import Note
 from train.checkpoint.info import CheckpointInfo
 from train.durable import write_json
 from train.events import Callback, CallbackPhase, RunStart
@@ -101,11 +102,14 @@ class Tracking(Callback):
         metrics: dict[str, float | int | str | bool | None] = {
             "loss_nats": signals.loss_nats,  # dashboards show charts in this order
             "grad_norm": signals.grad_norm,
+            "update_norm": signals.update_norm,
             "lr": report.lr,
             "tokens_per_second": speed,
             **state.as_dict(),
             "batch_samples": report.num_samples,
             "is_finite": signals.is_finite,
+            "nonfinite_share": signals.nonfinite_share,
+            "bad_rank": signals.bad_rank,
             "update": str(report.update),
             "step_seconds": report.step_seconds,
             "data_seconds": report.data_seconds,
@@ -157,21 +161,66 @@ class Tracking(Callback):
             state,
             seconds=seconds,
             incident=incident.incident,
+            attempt=incident.attempt,
+            rung=str(incident.rung),
             from_step=incident.detected_step,
             to_step=incident.target_step,
             from_clock=incident.clock,
             skip=list(incident.skip),
             reason=incident.reason,
         )
+        cooled = f", learning rate x {incident.lr_scale:g}" if incident.lr_scale != 1.0 else ""
         text = (
-            f"incident {incident.incident}: {incident.reason}; back to step "
-            f"{incident.target_step}, {len(incident.skip_range):,} samples skipped, "
+            f"incident {incident.incident}, {incident.rung}: {incident.reason}; back to step "
+            f"{incident.target_step}, {len(incident.skip_range):,} samples skipped{cooled}, "
             f"{seconds:.2f} s"
         )
         short = f"{incident.verdict} at {incident.onset_step}, back to {incident.target_step}"
+        self._tell("rewind", text, short, state)
+
+    def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
+        """Record and show what an operator skipped or put back."""
+        self._event(
+            "ledger_change",
+            state,
+            incident=incident.incident,
+            attempt=incident.attempt,
+            rung=str(incident.rung),
+            skip=list(incident.skip),
+            returned=list(incident.returned) if incident.returned else None,
+            reason=incident.reason,
+        )
+        where = (
+            f"samples {incident.returned[1]} to {incident.returned[2]} come again at "
+            f"{incident.returned[0]}"
+            if incident.returned
+            else f"{len(incident.skip_range):,} samples skipped"
+        )
+        text = f"incident {incident.incident}, {incident.rung}: {incident.reason}; {where}"
+        self._tell("ledger_change", text, f"{incident.rung} at {state.step}", state)
+
+    def on_note(self, note: Note, state: TrainState) -> None:
+        """Record what was borne or observed, and show what was observed."""
+        self._event(
+            "note",
+            state,
+            incident=note.incident,
+            attempt=note.attempt,
+            rung=str(note.rung),
+            reason=note.reason,
+        )
+        if note.is_observed:
+            text = f"incident {note.incident}, observed: {note.reason}"
+            self._tell("observed", text, f"{note.verdict} at {note.onset_step}, observed", state)
+
+    def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
+        """Record a snapshot."""
+        self._event("snapshot", state, seconds=seconds)
+
+    def _tell(self, kind: str, text: str, short: str, state: TrainState) -> None:
         self._console.incident(text, short)
         for tracker in self._trackers:
-            tracker.event("rewind", text, state.clock)
+            tracker.event(kind, text, state.clock)
 
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Write the summary and the report, and show both."""

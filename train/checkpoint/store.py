@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -46,11 +46,20 @@ _FORMAT_VERSION = 1
 class CheckpointStore:
     """The folder `checkpoints` of one run. Make it, then call `open` on all ranks."""
 
-    def __init__(self, folder: Path, world: World, *, keep_good: int, keep_steps: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_good: int,
+        keep_steps: int = 0,
+        kept: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
         self.folder = folder
         self._world = world
         self._keep_good = keep_good
         self._keep_steps = keep_steps
+        self._kept = kept
         self._catalogue: list[CheckpointInfo] = []
         self.unreadable: tuple[str, ...] = ()
         """Names of folders that should be checkpoints, and are left alone."""
@@ -231,7 +240,7 @@ class CheckpointStore:
 
         Kept: the newest good ones (never fewer than one while there is one), good ones back to one
         that is `keep_steps` older than the newest checkpoint, and all candidates younger than the
-        newest good one.
+        newest good one, and what `kept` names, equal on all ranks.
         """
         good = self.trusted(Health.GOOD)
         kept_good = {info.name for info in good[-self._keep_good :]}
@@ -239,6 +248,7 @@ class CheckpointStore:
         before = [info.step for info in good if info.step <= oldest_needed]
         if self._keep_steps:
             kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
+        kept_good |= self._kept()
         newest_good_clock = good[-1].clock if good else -1
         for info in self.entries():
             is_live_candidate = (

@@ -1,7 +1,8 @@
-"""The skip ledger: which samples of the global order are never trained on.
+"""The skip ledger: at which positions of the run's sequence nothing is trained on.
 
-A sorted list of disjoint ranges. Adding a range and finding the next samples cost O(log ranges +
-ranges touched), whatever the distance; nothing that is skipped is ever read.
+A position is an index of the global order, unless samples were put back before it: see
+`train.data.sequence`. A sorted list of disjoint ranges: adding one and finding the next samples
+cost O(log ranges + ranges touched), whatever the distance; nothing that is skipped is ever read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from train.state import BatchRange
 
 
 class SkipLedger:
-    """Union of skipped ranges, each `[start, stop)` in global sample indices."""
+    """Union of skipped ranges, each `[start, stop)` in positions of the sequence."""
 
     def __init__(self, ranges: Iterable[tuple[int, int]] = ()) -> None:
         self._starts: list[int] = []
@@ -36,9 +37,9 @@ class SkipLedger:
         self._stops[first:last] = [stop]
 
     def take(self, cursor: int, count: int) -> tuple[npt.NDArray[np.int64], int]:
-        """Return the next `count` sample indices at or after `cursor`, and the cursor after them.
+        """Return the next `count` positions at or after `cursor`, and the cursor after them.
 
-        Indices: int64, shape [count], increasing, none of them in a skipped range.
+        Positions: int64, shape [count], increasing, none of them in a skipped range.
         """
         pieces: list[npt.NDArray[np.int64]] = []
         position = bisect_right(self._stops, cursor)
@@ -55,6 +56,27 @@ class SkipLedger:
             count -= room
         return np.concatenate(pieces), cursor
 
+    def advance(self, cursor: int, count: int) -> int:
+        """Return the cursor that `take` would return, for any `count`, without making indices."""
+        for start, stop in self.ranges()[bisect_right(self._stops, cursor) :]:
+            if start > cursor:
+                if count <= start - cursor:
+                    break
+                count -= start - cursor
+            cursor = stop
+        return cursor + count
+
+    @property
+    def end(self) -> int:
+        """The position after the last skipped one, 0 if there is none."""
+        return self._stops[-1] if self._stops else 0
+
+    def covers(self, positions: BatchRange) -> bool:
+        """Return whether all of `positions` is skipped; an empty range is."""
+        at = bisect_right(self._stops, positions.start)
+        is_inside = at < len(self._starts) and self._starts[at] <= positions.start
+        return len(positions) == 0 or (is_inside and positions.stop <= self._stops[at])
+
     def ranges(self) -> list[tuple[int, int]]:
         """Return the disjoint ranges in order, as JSON values."""
         return list(zip(self._starts, self._stops, strict=True))
@@ -63,6 +85,5 @@ class SkipLedger:
         """Return how many samples are skipped in all."""
         return sum(self._stops) - sum(self._starts)
 
-    def __contains__(self, index: int) -> bool:
-        position = bisect_right(self._stops, index)
-        return position < len(self._starts) and self._starts[position] <= index
+    def __contains__(self, position: int) -> bool:
+        return self.covers(BatchRange(start=position, stop=position + 1))

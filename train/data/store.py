@@ -1,17 +1,18 @@
 """The token store: one file of tokens, cut into samples of `sequence_length + 1`.
 
 Neighbouring samples share one token, so each token is predicted once. The file is memory-mapped;
-nothing is read before it is asked for.
+nothing is read before it is asked for, where documents lie least of all.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from train.data.origins import DocumentIndex, SampleOrigin
 from train.errors import DataError
 
 
@@ -19,7 +20,8 @@ from train.errors import DataError
 class CorpusInfo:
     """What preparation made: where the tokens are, how many, of which vocabulary.
 
-    `digest` is that of the text and the tokenizer together; a checkpoint remembers it.
+    `digest` is that of the text and the tokenizer together; a run folder remembers it. `files`:
+    where the text lies now, which need not be where it lay when it was prepared.
     """
 
     folder: Path
@@ -28,6 +30,7 @@ class CorpusInfo:
     num_documents: int
     vocab_size: int
     dtype: str
+    files: tuple[Path, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def tokens_path(self) -> Path:
@@ -56,6 +59,7 @@ class TokenStore:
                 f"{info.num_tokens * dtype.itemsize}; delete {info.folder} and it is made anew"
             )
         self._tokens = np.memmap(info.tokens_path, dtype=dtype, mode="r")
+        self._documents = DocumentIndex(info.folder, info.files)
         self.vocab_size = info.vocab_size
         self._sequence_length = sequence_length
         total = (info.num_tokens - 1) // sequence_length
@@ -75,6 +79,14 @@ class TokenStore:
         columns = np.arange(self._sequence_length + 1, dtype=np.int64)[None, :]
         rows: npt.NDArray[np.integer] = self._tokens[offsets + columns]
         return rows
+
+    def origins(self, sample: int) -> tuple[SampleOrigin, ...]:
+        """Return which stretches of which documents make up one sample, in order.
+
+        Their tokens add up to sequence_length + 1. Raises: DataError if the cache is damaged.
+        """
+        start = sample * self._sequence_length
+        return self._documents.within(start, start + self._sequence_length + 1)
 
     def validation_rows(self) -> npt.NDArray[np.integer]:
         """Return the held-out samples: shape [validation_samples, sequence_length + 1]."""

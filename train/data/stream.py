@@ -1,6 +1,6 @@
-"""The stream of batches: a pure function of (cursor, ledger); every rank takes its own rows.
+"""The stream of batches: a pure function of cursor, ledger and returns; each rank takes its rows.
 
-Owns the way from the cursor to tokens: ledger, order, source. Refuses to keep a position: the
+Owns the way from the cursor to tokens: ledger, returns, source. Refuses to keep a position: the
 cursor is the caller's. Called by the loop on all ranks; no collective.
 """
 
@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from train.data.ledger import SkipLedger
 from train.data.order import SampleOrder
+from train.data.origins import SampleOrigin
+from train.data.sequence import Returns
 from train.data.store import TokenStore
 
 
@@ -23,13 +25,16 @@ class SampleSource(Protocol):
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         """Return the tokens at `indices`, shape [n, sequence_length + 1]."""
 
+    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
+        """Return where the text of the sample at `index` comes from."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """One global batch as one rank sees it.
 
-    `rows`: this rank's samples, [num_samples / ranks, sequence_length + 1]. `indices`: the global
-    indices of the whole batch. `next_cursor`: where the next batch begins.
+    `rows`: this rank's samples, [num_samples / ranks, sequence_length + 1]. `indices`: the whole
+    batch's indices of the global order. `next_cursor`: the position where the next batch begins.
     """
 
     rows: npt.NDArray[np.integer]
@@ -48,6 +53,11 @@ class OrderedSource:
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         """Return the tokens at global `indices`."""
         return self._store.rows(self._order.samples(indices))
+
+    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
+        """Return where the text of the sample at global `index` comes from."""
+        (sample,) = self._order.samples(np.array([index], dtype=np.int64))
+        return self._store.origins(int(sample))
 
 
 class PoisonedSource:
@@ -72,14 +82,25 @@ class PoisonedSource:
         rows[is_bad] = self._foreign_tokens[rows[is_bad]]
         return rows
 
+    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
+        """Return where the text of the sample comes from, poisoned or not."""
+        return self._source.origins(index)
+
 
 class SampleStream:
     """Batches at any cursor, for one rank of `num_ranks`."""
 
     def __init__(
-        self, source: SampleSource, ledger: SkipLedger, *, rank: int, num_ranks: int
+        self,
+        source: SampleSource,
+        ledger: SkipLedger,
+        *,
+        rank: int,
+        num_ranks: int,
+        returns: Returns | None = None,
     ) -> None:
         self.ledger = ledger
+        self.returns = Returns() if returns is None else returns
         self._source = source
         self._rank = rank
         self._num_ranks = num_ranks
@@ -89,7 +110,7 @@ class SampleStream:
 
         Each rank gets one contiguous block of rows; `num_samples` divides among the ranks.
         """
-        indices, next_cursor = self.ledger.take(cursor, num_samples)
+        indices, next_cursor = self.indices(cursor, num_samples)
         share = num_samples // self._num_ranks
         mine = indices[self._rank * share : (self._rank + 1) * share]
         rows = self._source.rows(mine)
@@ -99,3 +120,23 @@ class SampleStream:
             next_cursor=next_cursor,
             num_tokens=num_samples * (rows.shape[1] - 1),
         )
+
+    def indices(self, cursor: int, num_samples: int) -> tuple[npt.NDArray[np.int64], int]:
+        """Return the indices of the order that `at` would take, and the cursor after them.
+
+        Indices: int64, shape [num_samples]. No token is read.
+        """
+        positions, next_cursor = self.ledger.take(cursor, num_samples)
+        return self.returns.resolve(positions), next_cursor
+
+    def cursor_after(self, cursor: int, num_samples: int) -> int:
+        """Return where `num_samples` samples from `cursor` on would leave the cursor."""
+        return self.ledger.advance(cursor, num_samples)
+
+    def rows_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+        """Return the tokens at `indices` of the order, shape [n, sequence_length + 1]."""
+        return self._source.rows(indices)
+
+    def origins_of(self, index: int) -> tuple[SampleOrigin, ...]:
+        """Return where the text of the sample at `index` of the order comes from."""
+        return self._source.origins(index)

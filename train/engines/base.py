@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from train.engines.snapshot import HostSnapshot
+from train.models.decoder import Decoder
 from train.signals import Gate
 
 
@@ -23,19 +25,38 @@ class Engine(Protocol):
     name: str
     can_veto: bool
     """Whether a bad update can be refused on the device."""
+    can_snapshot: bool
+    """Whether `snapshot` and `restore` work with these settings."""
     checkpoint_format: str
     """Engines of the same format read each other's checkpoints."""
     num_parameters: int
     group_names: tuple[str, ...]
     """Names of the parameter groups whose gradient norms `step` reports."""
 
+    model: Decoder
+    """The model itself, inside of what wraps it: for hooks. Its parameters may be parts."""
+
     def step(
-        self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
+        self,
+        rows: npt.NDArray[np.integer],
+        *,
+        num_tokens: int,
+        lr: float,
+        gate: Gate,
+        flag: bool = False,
     ) -> Tensor:
         """Forward, backward, one fused reduce, gated update; no host sync.
 
         `rows`: this rank's samples, [n, T + 1]. `num_tokens`: predictions of the global batch.
+        `flag`: this rank asks for the attention of all; every rank's signals say so.
         Returns the signal vector (see `signals.py`), float64, on the device.
+        """
+
+    def recent_sample_losses(self) -> list[list[float]]:
+        """Return the mean losses in nats a token of this rank's samples in the last 32 steps.
+
+        Oldest step first, samples in row order; empty after `load` and `restore`. A host sync; no
+        collective.
         """
 
     def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
@@ -49,3 +70,32 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote, from any number of ranks if the format allows."""
+
+    @property
+    def state_bytes(self) -> int:
+        """Host memory that one snapshot takes on this rank. No collective."""
+
+    def snapshot(self, reuse: HostSnapshot | None = None) -> HostSnapshot:
+        """Copy this rank's parameters, moments, counters and learning rates to host memory.
+
+        Call it between steps. The buffers of `reuse`, a snapshot that is needed no more, are
+        written again. On a GPU the copy goes on behind the host's back, and the next update waits
+        for it there; a host sync only if `reuse` is still being copied. No collective.
+
+        Raises: ConfigError unless `can_snapshot`, naming the settings that are in the way.
+        """
+
+    def restore(self, snapshot: HostSnapshot) -> None:
+        """Put this rank's state back, in place; training goes on bit for bit as it did then.
+
+        All ranks restore snapshots of the same step. No collective; it waits for the checksums.
+
+        Raises: CorruptCheckpointError, naming the tensor, if a byte of the snapshot has changed;
+        CheckpointError if it is of another engine. This rank's state is then as it was.
+        """
+
+    def state_digest(self) -> str:
+        """Return a digest of this rank's parameters, moments and counters, bit for bit.
+
+        A host sync; no collective.
+        """

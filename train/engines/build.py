@@ -39,7 +39,7 @@ def build_engine(config: RunConfig, world: World) -> Engine:
     classes = {EngineKind.SINGLE: SingleEngine, EngineKind.DDP: ddp.DdpEngine}
     module: nn.Module = ddp.wrap(model, world) if kind is EngineKind.DDP else model
     optimizer = make_optimizer(model, config.optim)
-    materialise_state(optimizer)
+    materialise_state(optimizer, model.parameters())
     return classes.get(kind, fsdp.FsdpEngine)(
         name=str(kind),
         module=module,
@@ -49,7 +49,7 @@ def build_engine(config: RunConfig, world: World) -> Engine:
         optim=config.optim,
         micro_batch_samples=config.engine.micro_batch_samples,
         autocast_dtype=None if kind is EngineKind.FSDP else dtype,
-        has_veto=config.recovery.veto is not Veto.OFF,
+        has_veto=config.recovery.resolved_veto is not Veto.OFF,
         is_sharded=kind is EngineKind.FSDP,
     )
 

@@ -21,7 +21,21 @@ import torch.distributed as dist
 from torch import Tensor
 
 from train.distributed import World
-from train.engines.optimizer import make_optimizer
+from train.engines.deepspeed_state import (
+    is_stage_3,
+    masters,
+    obstacles_to_snapshots,
+    state_tensors,
+)
+from train.engines.optimizer import make_optimizer, materialise_state
+from train.engines.rank_signals import SampleLosses, own_signals
+from train.engines.snapshot import (
+    HostSnapshot,
+    HostValues,
+    SnapshotCopier,
+    state_bytes,
+    state_digest,
+)
 from train.engines.torch_engine import evaluation_parts, to_device
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
@@ -29,6 +43,7 @@ from train.settings import EngineSettings, OptimSettings
 from train.signals import Gate
 
 _TAG = "deepspeed"
+_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
 def generate_json(
@@ -108,34 +123,59 @@ class DeepSpeedEngine:
             config=generate_json(engine, optim, is_bf16=is_bf16),
             dist_init_required=False,
         )
+        self.model: Decoder = self._engine.module
+        zero = self._engine.optimizer
+        self._obstacles = obstacles_to_snapshots(engine.deepspeed, zero)
+        self.can_snapshot = not self._obstacles
+        if self.can_snapshot:
+            materialise_state(zero.optimizer, masters(zero))
+        self._copier = SnapshotCopier(world.device)
+        self._sample_losses = SampleLosses()
         self._world = world
         self._optim = optim
         self._micro_batch_samples = engine.micro_batch_samples
 
     def step(
-        self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
+        self,
+        rows: npt.NDArray[np.integer],
+        *,
+        num_tokens: int,
+        lr: float,
+        gate: Gate,
+        flag: bool = False,
     ) -> Tensor:
-        """See `Engine.step`; the gate is ignored."""
+        """See `Engine.step`; the gate is ignored, and norms but the gradient's are unknown."""
         del gate
         tokens = to_device(rows, self._world.device)
         chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
         scale = self._world.size / num_tokens
-        loss_sum = torch.zeros(1, dtype=torch.float64, device=self._world.device)
+        losses_B: list[Tensor] = []
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         for number, chunk in enumerate(chunks, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(chunks))
-            cross_entropy, square_log_z = self._engine(chunk)
-            loss = scale * (cross_entropy + self._optim.z_loss * square_log_z)
-            self._engine.backward(loss)
-            loss_sum += cross_entropy.detach()
+            cross_entropy_B, square_log_z = self._engine(chunk)
+            loss = cross_entropy_B.sum() + self._optim.z_loss * square_log_z
+            self._engine.backward(scale * loss)
+            losses_B.append(cross_entropy_B.detach())
+        self._copier.before_write()
         self._engine.step()
-        dist.all_reduce(loss_sum)
+        loss_sum = self._sample_losses.add(losses_B, num_predictions=tokens.shape[1] - 1)
+        reduced = own_signals(loss_sum, self._world, flag=flag)
+        dist.all_reduce(reduced)
         norm = self._engine.get_global_grad_norm()
-        norm_tensor = torch.as_tensor(
+        grad_norm = torch.as_tensor(
             math.nan if norm is None else norm, dtype=torch.float64, device=self._world.device
         ).reshape(1)
-        return torch.cat((loss_sum / num_tokens, norm_tensor, torch.zeros_like(norm_tensor)))
+        unknown = torch.full_like(grad_norm, math.nan)
+        never = torch.zeros_like(grad_norm)
+        return torch.cat(
+            (reduced[:1] / num_tokens, grad_norm, unknown, unknown, reduced[1:], never)
+        )
+
+    def recent_sample_losses(self) -> list[list[float]]:
+        """See `Engine.recent_sample_losses`."""
+        return self._sample_losses.recent()
 
     def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
         """See `Engine.evaluate`."""
@@ -144,8 +184,8 @@ class DeepSpeedEngine:
         with torch.no_grad():
             for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
                 chunk = to_device(part, self._world.device)
-                cross_entropy, _ = self._engine(chunk)
-                total[0] += weight * cross_entropy
+                cross_entropy_B, _ = self._engine(chunk)
+                total[0] += weight * cross_entropy_B.sum()
                 total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
         self._engine.train()
         dist.all_reduce(total)
@@ -157,6 +197,50 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path) -> None:
         """Read DeepSpeed's own format; the number of ranks must be that of `save`."""
+        self._copier.before_write()
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
+        self._sample_losses.clear()
+
+    @property
+    def state_bytes(self) -> int:
+        """See `Engine.state_bytes`; 0 where there can be no snapshot."""
+        return state_bytes(self._state_tensors()) if self.can_snapshot else 0
+
+    def snapshot(self, reuse: HostSnapshot | None = None) -> HostSnapshot:
+        """See `Engine.snapshot`."""
+        host_values: HostValues = {
+            "lr": tuple(float(group["lr"]) for group in self._engine.optimizer.param_groups),
+            **{name: (getattr(self._engine, name),) for name in _COUNTERS},
+        }
+        return self._copier.take(self._state_tensors(), host_values, reuse)
+
+    def restore(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.restore`."""
+        self._copier.put_back(snapshot, self._state_tensors())
+        optimizer = self._engine.optimizer
+        if is_stage_3(optimizer):
+            optimizer._partition_all_parameters()  # the next forward gathers what was put back
+        lrs = snapshot.host_values["lr"]
+        for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        for name in _COUNTERS:
+            setattr(self._engine, name, int(snapshot.host_values[name][0]))
+        optimizer.overflow = False
+        self._sample_losses.clear()
+
+    def state_digest(self) -> str:
+        """See `Engine.state_digest`."""
+        return state_digest(self._state_tensors())
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        if self._obstacles:
+            raise ConfigError(
+                [
+                    f"{obstacle}: it keeps state where a snapshot in host memory would miss it; "
+                    "remove it, or recover from checkpoints alone"
+                    for obstacle in self._obstacles
+                ]
+            )
+        return state_tensors(self._engine.optimizer)

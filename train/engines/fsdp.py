@@ -31,3 +31,12 @@ class FsdpEngine(TorchEngine):
         assert isinstance(self._module, FSDPModule)
         self._module.set_requires_gradient_sync(is_last)
         yield
+
+    def forget_whole_parameters(self) -> None:
+        """Drop gathered parameters: after an evaluation, the outermost module still holds its own.
+
+        The next forward would use them as they are.
+        """
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

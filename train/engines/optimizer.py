@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from train.settings import OptimSettings
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.AdamW:
@@ -24,16 +28,18 @@ def make_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Ada
     )
 
 
-def materialise_state(optimizer: torch.optim.AdamW) -> None:
-    """Make moments and step counters now, at zero, as the first step would.
+def materialise_state(optimizer: torch.optim.AdamW, parameters: Iterable[Tensor]) -> None:
+    """Make moments and step counters of `parameters` now, at zero, as the first step would.
 
     torch.distributed.checkpoint needs them to exist, and would make them by a step of its own,
-    which leaves the counters at 1: saving before the first step would change the training.
+    which leaves the counters at 1: saving before the first step would change the training. A
+    snapshot, too, has the same tensors at any step.
     """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            **{
+                moment: torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for moment in MOMENTS
+            },
+        }

@@ -20,13 +20,16 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from train.distributed import World
+from train.engines.optimizer import MOMENTS
+from train.engines.rank_signals import SampleLosses, own_signals
+from train.engines.snapshot import HostSnapshot, SnapshotCopier, state_bytes, state_digest
+from train.engines.update_norm import UpdateNorm, local_part
 from train.errors import CheckpointError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import OptimSettings
-from train.signals import Gate
+from train.signals import GRAD_NORM, IS_VETOED, Gate
 
 
 def to_device(rows: npt.NDArray[np.integer], device: torch.device) -> Tensor:
@@ -74,6 +77,7 @@ class TorchEngine:
     """
 
     can_veto = True
+    can_snapshot = True
     checkpoint_format = "dcp"
 
     def __init__(
@@ -102,27 +106,45 @@ class TorchEngine:
         self._autocast_dtype = autocast_dtype
         self._has_veto = has_veto
         self._is_sharded = is_sharded
-        # One-hot, so that sums over groups are a product: deterministic everywhere, and no sync.
-        self._groups_by_parameter = torch.nn.functional.one_hot(
+        self._update_norm = UpdateNorm(optimizer)
+        # Masks, so that sums over groups are deterministic everywhere, and no sync.
+        self._is_member = torch.nn.functional.one_hot(
             torch.tensor(membership, device=world.device), len(self.group_names)
-        ).T.double()
+        ).T.bool()
+        self._local_numels = torch.tensor(
+            [local_part(parameter).numel() for parameter in model.parameters()],
+            dtype=torch.float64,
+            device=world.device,
+        )
+        self._sample_losses = SampleLosses()
+        # By name now: where it is sharded, the model holds whole ones at times.
+        self._parameters = dict(model.named_parameters())
+        self._copier = SnapshotCopier(world.device)
 
     def step(
-        self, rows: npt.NDArray[np.integer], *, num_tokens: int, lr: float, gate: Gate
+        self,
+        rows: npt.NDArray[np.integer],
+        *,
+        num_tokens: int,
+        lr: float,
+        gate: Gate,
+        flag: bool = False,
     ) -> Tensor:
         """See `Engine.step`."""
         tokens = to_device(rows, self._world.device)
         chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
         # Wrapped models average gradients over the ranks; losses here are parts of one global sum.
         scale = self._world.size / num_tokens
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self._world.device)
+        losses_B: list[Tensor] = []
         for number, chunk in enumerate(chunks, start=1):
             with self.gradient_sync(is_last=number == len(chunks)):
                 with self._autocast():
-                    cross_entropy, square_log_z = self._module(chunk)
-                (scale * (cross_entropy + self._optim.z_loss * square_log_z)).backward()
-            loss_sum += cross_entropy.detach()
-        vector = self._signals(loss_sum, num_tokens, gate)
+                    cross_entropy_B, square_log_z = self._module(chunk)
+                loss = cross_entropy_B.sum() + self._optim.z_loss * square_log_z
+                (scale * loss).backward()
+            losses_B.append(cross_entropy_B.detach())
+        loss_sum = self._sample_losses.add(losses_B, num_predictions=tokens.shape[1] - 1)
+        vector = self._signals(loss_sum, num_tokens, gate, flag=flag)
         self._update(vector, lr)
         return vector
 
@@ -136,29 +158,40 @@ class TorchEngine:
             return nullcontext()
         return torch.autocast(self._world.device.type, self._autocast_dtype)
 
-    def _signals(self, loss_sum: Tensor, num_tokens: int, gate: Gate) -> Tensor:
+    def _signals(self, loss_sum: Tensor, num_tokens: int, gate: Gate, *, flag: bool) -> Tensor:
         """Return the signal vector, after the one fused reduce of the step (a collective)."""
-        norms = torch._foreach_norm(self._local_gradients())
-        squares = torch.stack(norms).double().square()
+        norms = torch.stack(torch._foreach_norm(self._local_gradients())).double()
+        nonfinite = (self._local_numels * ~torch.isfinite(norms)).sum(0, keepdim=True)
+        # Not a product: that would carry a NaN of one group into all of them.
+        group_squares = torch.where(self._is_member, norms.square(), 0.0).sum(dim=1)
+        shares = torch.cat((self._update_norm.local_square(), nonfinite, group_squares))
         if not self._is_sharded:
-            squares = squares / self._world.size  # every rank has all of them; the sum restores
-        group_squares = self._groups_by_parameter @ squares
-        reduced = torch.cat((loss_sum[None], group_squares))
+            shares = shares / self._world.size  # every rank has all of them; the sum restores
+        reduced = torch.cat((own_signals(loss_sum, self._world, flag=flag), shares))
         if self._world.size > 1:
             dist.all_reduce(reduced)
-        loss = reduced[:1] / num_tokens
-        grad_norm = reduced[1:].sum(0, keepdim=True).sqrt()
+        loss_sum, bad_and_flagged, update_square, nonfinite, group_squares = reduced.split(
+            (1, 3, 1, 1, len(self.group_names))
+        )
+        loss = loss_sum / num_tokens
+        grad_norm = group_squares.sum(0, keepdim=True).sqrt()
         passes = torch.isfinite(loss) & torch.isfinite(grad_norm)
         passes &= (loss <= gate.max_loss_nats) & (grad_norm <= gate.max_grad_norm)
         is_vetoed = (~passes).double() if self._has_veto else torch.zeros_like(loss)
-        return torch.cat((loss, grad_norm, is_vetoed, reduced[1:].sqrt()))
+        nonfinite_share = nonfinite / self.num_parameters
+        return torch.cat(
+            (
+                *(loss, grad_norm, update_square.sqrt(), nonfinite_share),
+                *(bad_and_flagged, is_vetoed, group_squares.sqrt()),
+            )
+        )
 
     def _local_gradients(self) -> list[Tensor]:
         gradients = []
         for parameter in self.model.parameters():
             gradient = parameter.grad
             assert gradient is not None, "every parameter takes part in the loss"
-            gradients.append(gradient.to_local() if isinstance(gradient, DTensor) else gradient)
+            gradients.append(local_part(gradient))
         return gradients
 
     def _update(self, vector: Tensor, lr: float) -> None:
@@ -166,8 +199,9 @@ class TorchEngine:
             group["lr"] = lr
         limit = self._optim.max_grad_norm or math.inf
         # The fused step divides gradients by `grad_scale`, and does nothing where `found_inf` is 1.
-        self.optimizer.grad_scale = (vector[1] / limit).clamp(min=1.0).float()  # type: ignore[attr-defined]
-        self.optimizer.found_inf = vector[2].float()  # type: ignore[attr-defined]
+        self.optimizer.grad_scale = (vector[GRAD_NORM] / limit).clamp(min=1.0).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = vector[IS_VETOED].float()  # type: ignore[attr-defined]
+        self._copier.before_write()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -178,8 +212,8 @@ class TorchEngine:
             for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
                 chunk = to_device(part, self._world.device)
                 with self._autocast():
-                    cross_entropy, _ = self._module(chunk)
-                total[0] += weight * cross_entropy
+                    cross_entropy_B, _ = self._module(chunk)
+                total[0] += weight * cross_entropy_B.sum()
                 total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
         if self._world.size > 1:
             dist.all_reduce(total)
@@ -203,6 +237,7 @@ class TorchEngine:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
         from torch.distributed.checkpoint.state_dict_loader import load
 
+        self._copier.before_write()
         state = self._state()
         with _quiet(), _catchable():
             reader = FileSystemReader(folder)
@@ -214,6 +249,47 @@ class TorchEngine:
             optim_state_dict=state["optimizer"],
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
+        self._update_norm = UpdateNorm(self.optimizer)
+        self._sample_losses.clear()
+
+    def recent_sample_losses(self) -> list[list[float]]:
+        """See `Engine.recent_sample_losses`."""
+        return self._sample_losses.recent()
+
+    @property
+    def state_bytes(self) -> int:
+        """See `Engine.state_bytes`."""
+        return state_bytes(self._state_tensors())
+
+    def snapshot(self, reuse: HostSnapshot | None = None) -> HostSnapshot:
+        """See `Engine.snapshot`."""
+        lrs = tuple(float(group["lr"]) for group in self.optimizer.param_groups)
+        return self._copier.take(self._state_tensors(), {"lr": lrs}, reuse)
+
+    def restore(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.restore`."""
+        self._copier.put_back(snapshot, self._state_tensors())
+        self.forget_whole_parameters()
+        lrs = snapshot.host_values["lr"]
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            group["lr"] = lr
+        self._sample_losses.clear()
+
+    def forget_whole_parameters(self) -> None:
+        """Drop what was made of the parameters' parts; there is nothing unless they are sharded."""
+
+    def state_digest(self) -> str:
+        """See `Engine.state_digest`."""
+        return state_digest(self._state_tensors())
+
+    def _state_tensors(self) -> dict[str, Tensor]:
+        """Return this rank's state by name; views, in an order that no load changes."""
+        tensors = {}
+        for name, parameter in self._parameters.items():
+            tensors[f"{name}/parameter"] = local_part(parameter)
+            state = self.optimizer.state[parameter]
+            tensors |= {f"{name}/{kind}": local_part(state[kind]) for kind in ("step", *MOMENTS)}
+        return tensors
 
     def _state(self) -> dict[str, Any]:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict

@@ -134,16 +134,16 @@ class Decoder(nn.Module):
         )
 
     def forward(self, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the summed cross-entropy in nats and the summed log(Z)^2 of all predictions.
+        """Return each sample's summed cross-entropy in nats, and the summed log(Z)^2 of all.
 
-        `tokens_BT1`: int64 [B, T + 1]; position t predicts token t + 1. Both results are fp32
-        scalars. Source of the second: PaLM, arXiv 2204.02311, section 5 (auxiliary z-loss).
+        `tokens_BT1`: int64 [B, T + 1]; position t predicts token t + 1. The results are fp32, [B]
+        and a scalar. Source of the second: PaLM, arXiv 2204.02311, section 5 (auxiliary z-loss).
         """
         logits_BTV = self.logits(tokens_BT1[:, :-1]).float()
         log_z_BT = torch.logsumexp(logits_BTV, dim=-1)
         targets_BT1 = tokens_BT1[:, 1:, None]
         target_logits_BT = logits_BTV.gather(-1, targets_BT1).squeeze(-1)
-        return (log_z_BT - target_logits_BT).sum(), log_z_BT.square().sum()
+        return (log_z_BT - target_logits_BT).sum(dim=1), log_z_BT.square().sum()
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Return the logits, [B, T, V]."""

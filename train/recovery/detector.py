@@ -34,12 +34,22 @@ class VerdictKind(StrEnum):
     OK = "ok"
     OUTLIER = "outlier"
     SPIKE = "spike"
+    DIVERGENCE = "divergence"
     LEVEL_SHIFT = "level_shift"
     NONFINITE = "nonfinite"
+    SUSPICIOUSLY_LOW = "suspiciously_low"
+    RESUME_DISCONTINUITY = "resume_discontinuity"
 
 
 CALM_KINDS = frozenset({VerdictKind.OK, VerdictKind.WARMUP, VerdictKind.LEVEL_SHIFT})
-ROLLBACK_KINDS = frozenset({VerdictKind.SPIKE, VerdictKind.NONFINITE})
+ROLLBACK_KINDS = frozenset(
+    {
+        VerdictKind.SPIKE,
+        VerdictKind.DIVERGENCE,
+        VerdictKind.NONFINITE,
+        VerdictKind.RESUME_DISCONTINUITY,
+    }
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +66,7 @@ class Verdict:
     onset_step: int
     deviation: float = 0.0
     baseline_nats: float | None = None
+    sigma: float = 0.0
     led_by: str = "loss"
     lead_steps: int = 0
 
@@ -161,12 +172,18 @@ class SpikeDetector:
         threshold: float = 6.0,
         persistence: int = 2,
         max_flagged_steps: int = 100,
+        max_vetoed_steps: int = 4,
+        announced_steps: int = 32,
+        has_low_verdict: bool = True,
     ) -> None:
         self.window = window
         self.warm_up_steps = warm_up_steps
         self.threshold = threshold
         self.persistence = persistence
         self.max_flagged_steps = max_flagged_steps
+        self.max_vetoed_steps = max_vetoed_steps
+        self.announced_steps = announced_steps
+        self.has_low_verdict = has_low_verdict
         self._loss = RobustBaseline(window)
         self._grad_norm = RobustBaseline(window)
         self._recent: deque[bool] = deque(maxlen=persistence + 1)
@@ -175,12 +192,32 @@ class SpikeDetector:
         self._num_flagged = 0
         self._grad_high_since: int | None = None
 
-    def update(self, step: int, loss_nats: float, grad_norm: float | None = None) -> Verdict:
+    def announce(self, step: int, num_steps: int | None = None) -> None:
+        """Say that a known change takes effect at `step`."""
+
+    def resumed(self) -> None:
+        """Say that the next update is the first after a resume or a rewind."""
+
+    def update(
+        self,
+        step: int,
+        loss_nats: float,
+        grad_norm: float | None = None,
+        *,
+        update_norm: float | None = None,
+        group_norms: Sequence[float] = (),
+        nonfinite_share: float | None = None,
+    ) -> Verdict:
         """Judge one step and take it into the baseline if it is accepted.
 
         `loss_nats`: mean loss in nats a token; `grad_norm`: norm before clipping, None if unknown.
         """
-        if not math.isfinite(loss_nats) or (grad_norm is not None and not math.isfinite(grad_norm)):
+        if (
+            not math.isfinite(loss_nats)
+            or (grad_norm is not None and not math.isfinite(grad_norm))
+            or not all(map(math.isfinite, group_norms))
+            or (nonfinite_share is not None and not nonfinite_share <= 0)
+        ):
             return self._flag(step, VerdictKind.NONFINITE, math.inf)
         log_loss = math.log(max(loss_nats, 1e-9))
         self._watch_grad_norm(step, grad_norm)
@@ -279,6 +316,7 @@ class SpikeDetector:
             onset_step=onset_step,
             deviation=deviation,
             baseline_nats=math.exp(self._loss.level) if len(self._loss) else None,
+            sigma=self._loss.sigma,
             led_by=led_by,
             lead_steps=lead_steps,
         )
@@ -321,4 +359,4 @@ def _median(ordered: Sequence[float]) -> float:
 
 def default_detector() -> SpikeDetector:
     """Return the detector with its default settings, for replaying any curve."""
-    return SpikeDetector()
+    return SpikeDetector(has_low_verdict=False)

@@ -14,32 +14,41 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from train.durable import fsync_folder
 from train.errors import JournalError
+from train.recovery.policy import Rung
 from train.state import BatchRange
 
 logger = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
-    """How far a rewind is."""
+    """How far an act is. What has no parts, such as a refused update, is `done` at once."""
 
     INTENT = "intent"
     DONE = "done"
+    OBSERVED = "observed"
+    """What would have been done, had the rule been allowed to act."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Incident:
-    """One journal record.
+    """One journal record: one attempt at an incident, or an operator's act.
 
-    `skip` is `[start, stop)` in global sample indices; `quarantine` names the checkpoints younger
-    than the target; `clock` is where the run's clock stood, and goes on from.
+    `incident` numbers the troubles from 1 (0: a refused update, which was none), `attempt` the
+    tries at each, `rewinds` all rewinds of the run, this one included. `skip` is `[start, stop)`
+    in positions of the data sequence; `returned` is `(position, start, stop)`: what was skipped
+    comes again there. `quarantine` names the checkpoints younger than the target, `kept` those
+    that attribution will need. `clock` is where the run's clock stood, and goes on from. The
+    learning rate is multiplied by `lr_scale` from `lr_from_step` to `lr_until_step`, and is whole
+    again at `lr_return_step`. `request` is the operator's request that this fulfils.
     """
 
     incident: int
@@ -55,11 +64,27 @@ class Incident:
     target_step: int
     skip: tuple[int, int]
     quarantine: tuple[str, ...]
+    rung: Rung = Rung.SKIP
+    attempt: int = 1
+    rewinds: int = 0
+    code: str = ""
+    lr_scale: float = 1.0
+    lr_from_step: int = 0
+    lr_until_step: int = 0
+    lr_return_step: int = 0
+    returned: tuple[int, int, int] | None = None
+    kept: tuple[str, ...] = ()
+    request: str = ""
 
     @property
     def skip_range(self) -> BatchRange:
         """The skipped samples as a range."""
         return BatchRange(start=self.skip[0], stop=self.skip[1])
+
+    @property
+    def is_rewind(self) -> bool:
+        """True if it goes, or went, back to a checkpoint."""
+        return bool(self.target_checkpoint) and self.phase is not Phase.OBSERVED
 
 
 def now_utc() -> str:
@@ -126,9 +151,9 @@ class Journal:
                 "from a copy, or remove it to accept that"
             )
         try:
-            record["phase"] = Phase(record["phase"])
-            record["skip"] = (int(record["skip"][0]), int(record["skip"][1]))
-            record["quarantine"] = tuple(record["quarantine"])
+            for key, convert in _FROM_JSON.items():
+                if record.get(key) is not None:
+                    record[key] = convert(record[key])
             return Incident(**record)
         except (TypeError, ValueError, LookupError) as error:
             raise JournalError(
@@ -144,14 +169,20 @@ class Journal:
             return file.read(1) == b"\n"
 
 
+_FROM_JSON: dict[str, Callable[[Any], object]] = {
+    "phase": Phase,
+    "rung": Rung,
+    "skip": lambda pair: (int(pair[0]), int(pair[1])),
+    "returned": lambda triple: (int(triple[0]), int(triple[1]), int(triple[2])),
+    "quarantine": tuple,
+    "kept": tuple,
+}
+
+
 def pending(incidents: Iterable[Incident]) -> Incident | None:
     """Return the intent that has no done yet, or None."""
     open_intent: Incident | None = None
     for incident in incidents:
-        open_intent = incident if incident.phase is Phase.INTENT else None
+        if incident.is_rewind:
+            open_intent = incident if incident.phase is Phase.INTENT else None
     return open_intent
-
-
-def finished(incidents: Iterable[Incident]) -> list[Incident]:
-    """Return the done records in order."""
-    return [incident for incident in incidents if incident.phase is Phase.DONE]

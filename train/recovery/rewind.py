@@ -1,28 +1,40 @@
-"""The act of going back, on all ranks, and taking a run up again: the same code does both.
+"""The acts of recovery, on all ranks, and taking a run up again: the same code does both.
 
-Order of a rewind, each part durable before the next: the intent in the journal; verify and load
-the target; the ledger; quarantine of younger checkpoints; done in the journal. A restart finishes
-an intent that has no done, so a kill at any point ends in the same decision.
+Order of a rewind, each part durable before the next: the intent in the journal; the fastest tier
+that holds the target whole; the ledger; quarantine of younger checkpoints; done in the journal. A
+restart finishes an intent that has no done, so a kill at any point ends in the same decision. A
+target that was in memory alone is lost with its process: the restart goes to an older checkpoint
+on disk, trains the same samples up to the target's cursor, and jumps the same range.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
-from train.actions import Rewind
+from train.actions import Note, Rewind, Skip, Stop, Unskip
 from train.checkpoint.info import CheckpointInfo, Health
-from train.checkpoint.store import CheckpointStore
+from train.checkpoint.tiers import Tiers
 from train.data.ledger import SkipLedger
+from train.data.sequence import Returns
 from train.distributed import World
 from train.engines.base import Engine
 from train.errors import CorruptCheckpointError, JournalError
 from train.events import Events
-from train.recovery.journal import Incident, Journal, Phase, finished, now_utc, pending
+from train.recovery.history import RecoveryHistory
+from train.recovery.journal import Incident, Journal, Phase, now_utc, pending
+from train.recovery.policy import Rung
 from train.state import BatchRange, TrainState
 
 logger = logging.getLogger(__name__)
+
+
+class IncidentRecorder(Protocol):
+    """Whoever keeps the evidence of an incident before the state that shows it is replaced."""
+
+    def capture(self, intent: Incident, state: TrainState) -> None:
+        """Keep what is known now. A collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,39 +47,50 @@ class Resumed:
 
 
 class Rewinder:
-    """Rewinds and resumes one run. All methods are collectives."""
+    """Rewinds, skips and resumes one run. All methods are collectives."""
 
     def __init__(
         self,
         *,
-        store: CheckpointStore,
+        tiers: Tiers,
         journal: Journal,
+        history: RecoveryHistory,
         ledger: SkipLedger,
+        returns: Returns,
         engine: Engine,
         events: Events,
         world: World,
+        recorder: IncidentRecorder,
     ) -> None:
-        self._store = store
+        self._tiers = tiers
         self._journal = journal
+        self._history = history
         self._ledger = ledger
+        self._returns = returns
         self._engine = engine
         self._events = events
         self._world = world
+        self._recorder = recorder
 
     def rewind(self, action: Rewind, present: TrainState) -> tuple[TrainState, Incident]:
         """Go back as `action` says and return the state to go on from, and the journal's entry."""
-        target = next(info for info in self._store.entries() if info.name == action.target)
-        # The amount counts from the first sample that no earlier rewind skips: another rewind to
-        # the same target would skip nothing new.
-        fresh, _ = self._ledger.take(action.skip_from, 1)
-        already_skipped = int(fresh[0]) - action.skip_from
-        amount = already_skipped + action.skip_amount
-        skip = replace(action, skip_amount=amount).skip_range(present.cursor)
+        target = self._tiers.find(action.target)
+        assert target is not None, "a decision names a state of the catalogue"
+        if action.skip_amount:
+            # The amount counts from the first sample that no earlier rewind skips: another rewind
+            # to the same target would skip nothing new.
+            fresh, _ = self._ledger.take(action.skip_from, 1)
+            amount = int(fresh[0]) - action.skip_from + action.skip_amount
+            action = replace(action, skip_amount=amount)
+        skip = action.skip_range(present.cursor)
         intent = Incident(
-            incident=present.rewinds + 1,
+            incident=action.incident,
+            attempt=action.attempt,
+            rewinds=self._history.num_rewinds + 1,
             phase=Phase.INTENT,
             time=self._world.broadcast(now_utc()),
             rule=action.rule,
+            rung=action.rung,
             reason=action.reason,
             verdict=action.verdict,
             onset_step=action.onset_step,
@@ -77,11 +100,73 @@ class Rewinder:
             target_step=target.step,
             skip=(skip.start, skip.stop),
             quarantine=tuple(
-                info.name for info in self._store.entries() if info.clock > target.clock
+                info.name for info in self._tiers.store.entries() if info.clock > target.clock
             ),
+            kept=self._needed_for_attribution(target),
+            lr_scale=action.lr_scale,
+            lr_from_step=target.step,
+            lr_until_step=action.lr_until_step,
+            lr_return_step=action.lr_return_step,
+            request=action.request,
         )
+        self._recorder.capture(intent, present)
         self._write(intent)
         return self._finish(intent)
+
+    def note(self, action: Note) -> None:
+        """Write down what was borne or observed, once."""
+        if action.rung is Rung.VETO and self._history.is_veto_known(action.clock):
+            return  # a crash has brought the same step again
+        here = action.detected_step
+        self._write(
+            Incident(
+                incident=action.incident,
+                attempt=action.attempt,
+                phase=Phase.OBSERVED if action.is_observed else Phase.DONE,
+                time=self._world.broadcast(now_utc()),
+                rule=action.rule,
+                rung=action.rung,
+                reason=action.reason,
+                verdict=action.verdict,
+                onset_step=action.onset_step,
+                detected_step=here,
+                clock=action.clock,
+                target_checkpoint=action.target,
+                target_step=action.target_step if action.target else here,
+                skip=(0, 0),
+                quarantine=(),
+            )
+        )
+
+    def stopped(self, action: Stop, present: TrainState) -> None:
+        """Write down why recovery gave up."""
+        self._write(self._single(Rung.STOP, present, action.reason, code=action.code))
+
+    def skip(self, action: Skip, present: TrainState) -> Incident:
+        """Skip the next samples from here on."""
+        fresh, _ = self._ledger.take(present.cursor, 1)
+        stop = int(fresh[0]) + action.amount
+        record = self._single(Rung.SKIP_AHEAD, present, action.reason, request=action.request)
+        record = replace(record, skip=(present.cursor, stop))
+        self._write(record)
+        self._ledger.add(record.skip_range)
+        return record
+
+    def unskip(self, action: Unskip, present: TrainState, *, end_cursor: int) -> Incident:
+        """Put skipped samples back so that they are the last of the data that the run reads.
+
+        `end_cursor`: where the run's last step would leave the cursor.
+        """
+        skipped = action.skipped
+        earliest = max(present.cursor, self._returns.end, self._ledger.end)
+        position = max(earliest, end_cursor - len(skipped))
+        record = replace(
+            self._single(Rung.UNSKIP, present, action.reason, request=action.request),
+            returned=(position, skipped.start, skipped.stop),
+        )
+        self._write(record)
+        self._returns.insert(position, skipped.start, skipped.stop)
+        return record
 
     def resume(self) -> Resumed | None:
         """Take the run up where it was, or return None if it has no checkpoint yet.
@@ -90,74 +175,76 @@ class Rewinder:
         quarantined nor corrupt is loaded; a corrupt one is quarantined, and said so.
         Raises: CorruptCheckpointError if there are checkpoints, but none that can be read.
         """
-        incidents = self._world.broadcast(self._journal.read() if self._world.is_main else None)
-        for incident in incidents:
-            self._ledger.add(incident.skip_range)
-        open_intent = pending(incidents)
+        records = self._world.broadcast(self._journal.read() if self._world.is_main else None)
+        self._history.replace(records)
+        for skipped in self._history.skips():
+            self._ledger.add(skipped)
+        for returned in self._history.returns():
+            self._returns.insert(*returned)
+        open_intent = pending(records)
         if open_intent is not None:
             logger.warning("finishing incident %d, cut short before", open_intent.incident)
             state, done = self._finish(open_intent)
-            target = next(i for i in self._store.entries() if i.name == done.target_checkpoint)
+            target = self._tiers.find(done.target_checkpoint)
+            assert target is not None
             return Resumed(state=state, checkpoint=target, finished_incident=done)
-        usable = [info for info in self._store.entries() if info.health is not Health.QUARANTINED]
+        store = self._tiers.store
+        usable = [info for info in store.entries() if info.health is not Health.QUARANTINED]
         if not usable:
-            if self._store.entries() or self._store.unreadable:
-                names = [info.name for info in self._store.entries()] + [*self._store.unreadable]
+            if store.entries() or store.unreadable:
+                names = [info.name for info in store.entries()] + [*store.unreadable]
                 raise CorruptCheckpointError(
-                    f"none of the checkpoints in {self._store.folder} can be used "
+                    f"none of the checkpoints in {store.folder} can be used "
                     f"({', '.join(names)}): they are quarantined, or their manifest or health file "
                     "cannot be read; bring one back, or start over with run.overwrite=true"
                 )
             return None
-        info, extra = self._load_first(usable[::-1])
-        state = self._restore(extra)
-        done_before = finished(incidents)
-        if done_before:
-            state = state.rewound(clock=done_before[-1].clock, rewinds=len(done_before))
+        info, extra = self._tiers.load_first(self._engine, usable[::-1])
+        state = self._restore(extra).rewound(
+            clock=self._history.clock, rewinds=self._history.num_rewinds
+        )
         return Resumed(state=state, checkpoint=info, finished_incident=None)
 
     def _finish(self, intent: Incident) -> tuple[TrainState, Incident]:
         """Do what an intent says, from the load on; doing it twice does it once."""
-        by_name = {info.name: info for info in self._store.entries()}
-        if intent.target_checkpoint not in by_name:
-            raise JournalError(
-                f"incident {intent.incident} wants to go back to {intent.target_checkpoint}, which "
-                f"is not in {self._store.folder}; put it back, or start over with "
-                "run.overwrite=true"
-            )
-        target = by_name[intent.target_checkpoint]
-        older = [
-            info
-            for info in self._store.trusted(Health.GOOD)
-            if info.clock < target.clock and info.name not in intent.quarantine
-        ]
-        loaded, extra = self._load_first([target, *older[::-1]])
+        loaded, extra = self._tiers.load_first(self._engine, self._candidates(intent))
         self._ledger.add(intent.skip_range)
-        state = self._restore(extra).rewound(clock=intent.clock, rewinds=intent.incident)
+        state = self._restore(extra).rewound(clock=intent.clock, rewinds=intent.rewinds)
+        self._tiers.ring.forget_after(loaded.clock)
         for name in intent.quarantine:
-            self._store.quarantine(name, f"made after the target of incident {intent.incident}")
+            self._tiers.store.quarantine(
+                name, f"made after the target of incident {intent.incident}"
+            )
         done = replace(
             intent, phase=Phase.DONE, target_checkpoint=loaded.name, target_step=loaded.step
         )
         self._write(done)
         return state, done
 
-    def _load_first(self, candidates: list[CheckpointInfo]) -> tuple[CheckpointInfo, Any]:
-        """Load the first checkpoint that is whole; quarantine those that are not, and say so."""
-        for info in candidates:
-            try:
-                return info, self._store.load(self._engine, info)
-            except CorruptCheckpointError as error:
-                logger.warning(
-                    "checkpoint %s is corrupt (%s); falling back to the one before",
-                    info.name,
-                    error,
-                )
-                self._store.quarantine(info.name, f"corrupt: {error}")
-        raise CorruptCheckpointError(
-            f"none of {len(candidates)} checkpoints in {self._store.folder} can be read; bring one "
-            "back from a copy, or start over with run.overwrite=true"
-        )
+    def _candidates(self, intent: Incident) -> list[CheckpointInfo]:
+        """Return the target of an intent and, behind it, the good states before it.
+
+        Raises: JournalError if nothing is left to go back to.
+        """
+        target = self._tiers.find(intent.target_checkpoint)
+        target_clock = _clock_of(intent.target_checkpoint) if target is None else target.clock
+        older = [
+            info
+            for info in self._tiers.good()
+            if info.clock < target_clock and info.name not in intent.quarantine
+        ]
+        if target is None and not older:
+            raise JournalError(
+                f"incident {intent.incident} wants to go back to {intent.target_checkpoint}, which "
+                f"is not in {self._tiers.store.folder}; put it back, or start over with "
+                "run.overwrite=true"
+            )
+        return ([target] if target is not None else []) + older[::-1]
+
+    def _needed_for_attribution(self, target: CheckpointInfo) -> tuple[str, ...]:
+        """Return the checkpoints on disk to replay from: the last two good ones up to a target."""
+        good = [i.name for i in self._tiers.store.trusted(Health.GOOD) if i.clock <= target.clock]
+        return tuple(good[-2:])
 
     def _restore(self, extra: dict[str, Any]) -> TrainState:
         for start, stop in extra["ledger"]:
@@ -165,7 +252,36 @@ class Rewinder:
         self._events.load_state_dict(extra["callbacks"])
         return TrainState(**extra["train_state"])
 
-    def _write(self, incident: Incident) -> None:
+    def _single(
+        self, rung: Rung, present: TrainState, reason: str, *, code: str = "", request: str = ""
+    ) -> Incident:
+        """Return the record of an act without parts, done at once."""
+        return Incident(
+            incident=self._history.last_incident + (1 if request else 0),
+            phase=Phase.DONE,
+            time=self._world.broadcast(now_utc()),
+            rule="operator" if request else "ladder",
+            rung=rung,
+            reason=reason,
+            code=code,
+            verdict="",
+            onset_step=present.step,
+            detected_step=present.step,
+            clock=present.clock,
+            target_checkpoint="",
+            target_step=present.step,
+            skip=(present.cursor, present.cursor),
+            quarantine=(),
+            request=request,
+        )
+
+    def _write(self, record: Incident) -> None:
         if self._world.is_main:
-            self._journal.append(incident)
+            self._journal.append(record)
         self._world.barrier()
+        self._history.add(record)
+
+
+def _clock_of(name: str) -> int:
+    """Return the clock that the name of a state carries."""
+    return int(name.rsplit("-", 1)[-1])

@@ -111,3 +111,17 @@ def test_ranges_survive_json() -> None:
     ledger = SkipLedger([(3, 9), (20, 21)])
     again = json.loads(json.dumps(ledger.ranges()))
     assert SkipLedger((start, stop) for start, stop in again).ranges() == ledger.ranges()
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_range_is_covered_if_all_of_it_is_skipped(seed: int) -> None:
+    ranges = random_ranges(seed)
+    ledger, skipped = SkipLedger(ranges), naive(ranges)
+    for start, stop in itertools.combinations_with_replacement(range(0, SPACE + 30, 3), 2):
+        expected = skipped.issuperset(range(start, stop))
+        assert ledger.covers(BatchRange(start=start, stop=stop)) == expected
+
+
+def test_end_is_behind_the_last_skipped_position() -> None:
+    assert SkipLedger().end == 0
+    assert SkipLedger([(30, 40), (2, 5)]).end == 40

@@ -9,6 +9,7 @@ import pytest
 
 from train.data.ledger import SkipLedger
 from train.data.order import SampleOrder
+from train.data.sequence import Returns
 from train.data.store import CorpusInfo, TokenStore
 from train.data.stream import OrderedSource, PoisonedSource, SampleStream
 from train.errors import DataError
@@ -140,3 +141,58 @@ def test_poison_takes_any_seed(tmp_path: Path) -> None:
     order = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=-1))
     poisoned = PoisonedSource(order, start=0, stop=1, vocab_size=1000, seed=-1)
     assert poisoned.rows(np.array([0], dtype=np.int64)).shape == (1, LENGTH + 1)
+
+
+# Samples that are put back.
+
+
+def test_put_back_samples_come_at_their_new_place_and_the_rest_moves_back(tmp_path: Path) -> None:
+    made = store(tmp_path)
+    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
+    returning = SampleStream(
+        source, SkipLedger([(2, 5)]), rank=0, num_ranks=1, returns=Returns([(6, 2, 5)])
+    )
+    batch = returning.at(0, 8)
+    assert batch.indices.tolist() == [0, 1, 5, 2, 3, 4, 6, 7]
+    assert batch.next_cursor == 11
+    assert np.array_equal(batch.rows, source.rows(batch.indices))
+    assert returning.at(batch.next_cursor, 2).indices.tolist() == [8, 9]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_ranks_share_a_batch_with_put_back_samples(tmp_path: Path, num_ranks: int) -> None:
+    made = store(tmp_path)
+    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
+    parts = [
+        SampleStream(
+            source, SkipLedger(), rank=rank, num_ranks=num_ranks, returns=Returns([(3, 0, 2)])
+        ).at(1, 4)
+        for rank in range(num_ranks)
+    ]
+    rows = source.rows(np.array([1, 2, 0, 1], dtype=np.int64))
+    assert np.array_equal(np.concatenate([part.rows for part in parts]), rows)
+
+
+def test_return_that_is_added_holds_for_the_next_batch(tmp_path: Path) -> None:
+    growing = stream(store(tmp_path), SkipLedger([(1, 3)]))
+    cursor = growing.at(0, 2).next_cursor
+    growing.returns.insert(cursor, 1, 3)
+    assert growing.at(cursor, 3).indices.tolist() == [1, 2, 4]
+
+
+def test_indices_are_those_of_the_batch_and_read_no_tokens(tmp_path: Path) -> None:
+    returning = stream(store(tmp_path), SkipLedger([(5, 9)]))
+    returning.returns.insert(11, 5, 9)
+    batch = returning.at(4, 6)
+    assert returning.at(4, 6).indices.tolist() == [4, 9, 10, 5, 6, 7]
+    indices, next_cursor = returning.indices(4, 6)
+    assert indices.tolist() == batch.indices.tolist()
+    assert next_cursor == batch.next_cursor
+    assert np.array_equal(returning.rows_of(indices[2:4]), batch.rows[2:4])
+    silent = SampleStream(Unreadable(), SkipLedger(), rank=0, num_ranks=1)
+    assert silent.indices(3, 2)[0].tolist() == [3, 4]
+
+
+class Unreadable:
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        raise AssertionError(f"the tokens of {indices} were read")

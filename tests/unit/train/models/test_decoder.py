@@ -139,19 +139,19 @@ def test_earlier_tokens_change_later_logits(settings: ModelSettings) -> None:
 def test_every_parameter_takes_part_in_the_loss(settings: ModelSettings) -> None:
     model = make(settings)
     cross_entropy, _ = model(tokens(2, 9))
-    cross_entropy.backward()
+    cross_entropy.sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-def test_loss_is_the_sum_of_the_cross_entropies_of_the_next_tokens() -> None:
+def test_loss_of_a_sample_is_the_sum_of_the_cross_entropies_of_its_next_tokens() -> None:
     model, rows = make(FALCON), tokens(3, 9)
     with torch.no_grad():
         cross_entropy, square_log_z = model(rows)
         logits = model.logits(rows[:, :-1])
     expected = functional.cross_entropy(
-        logits.reshape(-1, 50), rows[:, 1:].reshape(-1), reduction="sum"
+        logits.reshape(-1, 50), rows[:, 1:].reshape(-1), reduction="none"
     )
-    assert cross_entropy.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert cross_entropy.tolist() == pytest.approx(expected.view(3, 8).sum(1).tolist(), rel=1e-5)
     log_z = torch.logsumexp(logits, dim=-1)
     assert square_log_z.item() == pytest.approx(log_z.square().sum().item(), rel=1e-5)
 
@@ -159,8 +159,8 @@ def test_loss_is_the_sum_of_the_cross_entropies_of_the_next_tokens() -> None:
 def test_losses_of_any_split_of_a_batch_add_up() -> None:
     model, rows = make(LLAMA), tokens(6, 9)
     with torch.no_grad():
-        whole = model(rows)[0].item()
-        parts = sum(model(part)[0].item() for part in rows.split([1, 2, 3]))
+        whole = model(rows)[0].sum().item()
+        parts = sum(model(part)[0].sum().item() for part in rows.split([1, 2, 3]))
     assert parts == pytest.approx(whole, rel=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_fresh_model_knows_nothing() -> None:
     settings = replace(FALCON, init_std=0.02)
     with torch.no_grad():
         cross_entropy, _ = make(settings)(tokens(8, 33))
-    assert cross_entropy.item() / (8 * 32) == pytest.approx(math.log(50), rel=0.05)
+    assert cross_entropy.sum().item() / (8 * 32) == pytest.approx(math.log(50), rel=0.05)
 
 
 # Parts.
