@@ -8,9 +8,17 @@ by `report` alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from monitoring.incidents import SPIKE_VERDICTS
+from monitoring.marks import (
+    Trace,
+    incident_traces,
+    markers,
+    restart_marks,
+    rewind_marks,
+    shade,
+)
 from monitoring.records import Record, RunRecords, integer, number
 from monitoring.survival import survivors, thrown_away
 from monitoring.ticks import log_ticks
@@ -27,23 +35,14 @@ _PANELS: Sequence[tuple[str, str, float, float]] = (
 )
 _CLIP_FACTOR = 3.0
 _LOG_RATIO = 3.0
-_MAX_LONG_LABELS = 8
 _MAX_DOTTED_POINTS = 60
 
-Trace = dict[str, object]
 
-_RESTART_LABEL: Mapping[str, object] = {
-    "text": "restart",
-    "textposition": "end",
-    "textangle": 0,
-    "xanchor": "left",
-    "yanchor": "top",
-    "font": {"size": 11, "color": "@muted"},
-}
+def build_figure(run: RunRecords, incidents: Sequence[Record]) -> dict[str, object]:
+    """The figure as JSON-ready `data` and `layout`; empty panels where nothing was recorded.
 
-
-def build_figure(run: RunRecords) -> dict[str, object]:
-    """The figure as JSON-ready `data` and `layout`; empty panels where nothing was recorded."""
+    `incidents` are the rows of `monitoring.incidents.collect_incidents`.
+    """
     curve = run.curve
     lives = survivors(curve, run.events)
     losses = [number(record, "loss_nats") for record in curve]
@@ -54,15 +53,17 @@ def build_figure(run: RunRecords) -> dict[str, object]:
         *_loss_traces(picked, [lives[index] for index in chosen]),
         *_evaluation_traces(run, axis),
         *_spike_traces(curve, axis),
+        *incident_traces(incidents, axis.floor),
         *_series(curve, "grad_norm", "y2", "gradient norm", "@second"),
         *_vetoed_traces(curve),
         *_series(curve, "lr", "y3", "learning rate", "@third"),
         *_series(curve, "tokens_per_second", "y4", "tokens/s", "@good"),
         *_series(curve, "data_seconds", "y5", "data wait", "@muted", scale=1e3),
     ]
-    shapes, annotations = _rewind_marks(curve, run.events)
-    shapes += _restart_marks(run.events)
-    shapes += [_shade(first, last) for first, last in thrown_away(curve, lives)]
+    last_clock = (integer(curve[-1], "clock") if curve else None) or 1
+    shapes, annotations = rewind_marks(incidents, last_clock)
+    shapes += restart_marks(run.events)
+    shapes += [shade(first, last) for first, last in thrown_away(curve, lives)]
     layout = _layout(axis) | _norm_axis(curve)
     layout["shapes"] = shapes
     layout["annotations"] = _titles() + annotations
@@ -113,6 +114,9 @@ class _LossAxis:
             bottom, top = lowest, self.top
         margin = (top - bottom) * 0.06 or abs(top) * 0.1 or 1.0
         self.range = [_rounded(bottom - margin), _rounded(top + margin)]
+        low = bottom - 0.6 * margin
+        self.floor = _rounded(10**low if self.is_log else low)
+        """Just above the axis' lower edge, for marks that belong to no loss."""
 
     def clip(self, loss: float | None) -> float:
         """Where to draw a marker: a loss above the axis, or not finite, sits on its top edge."""
@@ -154,7 +158,7 @@ def _evaluation_traces(run: RunRecords, axis: _LossAxis) -> list[Trace]:
     if not found:
         return []
     marker = {"color": "@panel", "size": 8, "line": {"color": "@good", "width": 2}}
-    return [_markers("validation loss", "y", found, marker, "%{y:.4f}")]
+    return [markers("validation loss", "y", found, marker, "%{y:.4f}")]
 
 
 def _spike_traces(curve: Sequence[Record], axis: _LossAxis) -> list[Trace]:
@@ -166,7 +170,7 @@ def _spike_traces(curve: Sequence[Record], axis: _LossAxis) -> list[Trace]:
         (integer(record, "clock"), _rounded(axis.clip(number(record, "loss_nats"))))
         for record in bad
     ]
-    trace = _markers("spike", "y", found, {"color": "@bad", "size": 9, "symbol": "x"}, "%{text}")
+    trace = markers("spike", "y", found, {"color": "@bad", "size": 9, "symbol": "x"}, "%{text}")
     trace["text"] = [_describe(record) for record in bad]
     return [trace]
 
@@ -181,7 +185,7 @@ def _vetoed_traces(curve: Sequence[Record]) -> list[Trace]:
     if not found:
         return []
     marker = {"color": "@panel", "size": 7, "line": {"color": "@bad", "width": 1.5}}
-    return [_markers("vetoed update", "y2", found, marker, "%{y:.3g}")]
+    return [markers("vetoed update", "y2", found, marker, "%{y:.3g}")]
 
 
 def _series(
@@ -204,82 +208,6 @@ def _series(
             "showlegend": False,
         }
     ]
-
-
-def _markers(
-    name: str,
-    axis: str,
-    points: Sequence[tuple[int | None, float]],
-    marker: Mapping[str, object],
-    hover: str,
-) -> Trace:
-    return {
-        "x": [clock for clock, _ in points],
-        "y": [value for _, value in points],
-        "yaxis": axis,
-        "name": name,
-        "mode": "markers",
-        "marker": dict(marker),
-        "hovertemplate": hover,
-    }
-
-
-def _rewind_marks(
-    curve: Sequence[Record], events: Sequence[Record]
-) -> tuple[list[Trace], list[Trace]]:
-    last_clock = (integer(curve[-1], "clock") if curve else None) or 1
-    rewinds = [event for event in events if event.get("kind") == "rewind"]
-    is_short = len(rewinds) > _MAX_LONG_LABELS
-    shapes: list[Trace] = []
-    annotations: list[Trace] = []
-    for order, event in enumerate(rewinds):
-        clock = integer(event, "clock")
-        if clock is None:
-            continue
-        line = {"color": "@bad", "width": 1, "dash": "dot"}
-        shapes.append(_vertical(clock, clock) | {"type": "line", "line": line})
-        label = f"#{integer(event, 'incident')}" if "incident" in event else "rewind"
-        if not is_short:
-            label += f"  step {integer(event, 'from_step')} \u2192 {integer(event, 'to_step')}"
-        annotations.append(
-            {
-                "x": clock,
-                "y": 0.985 - 0.075 * (order % 3),
-                "xref": "x",
-                "yref": "y domain",
-                "text": label,
-                "showarrow": False,
-                "xanchor": "left" if clock < 0.72 * last_clock else "right",
-                "yanchor": "top",
-                "xshift": 4 if clock < 0.72 * last_clock else -4,
-                "font": {"size": 11, "color": "@bad"},
-                "bgcolor": "@panel",
-            }
-        )
-    return shapes, annotations
-
-
-def _restart_marks(events: Sequence[Record]) -> list[Trace]:
-    starts = [event for event in events if event.get("kind") == "run_start"]
-    line = {"color": "@muted", "width": 1, "dash": "dash"}
-    return [
-        _vertical(clock, clock) | {"type": "line", "line": line, "label": _RESTART_LABEL}
-        for event in starts[1:]
-        if (clock := integer(event, "clock")) is not None
-    ]
-
-
-def _shade(first: int, last: int) -> Trace:
-    return _vertical(first - 0.5, last + 0.5) | {
-        "type": "rect",
-        "fillcolor": "@shade",
-        "line": {"width": 0},
-        "layer": "below",
-    }
-
-
-def _vertical(start: float, stop: float) -> Trace:
-    return {"x0": start, "x1": stop, "y0": 0, "y1": 1, "xref": "x", "yref": "paper"}
 
 
 def _titles() -> list[Trace]:

@@ -35,6 +35,8 @@ LOOP_MAY_IMPORT = {
     "train.reports",
     "train.errors",
     "train.recovery.rewind",
+    "train.recovery.control",
+    "train.recovery.history",
     "train.engines.base",
     "train.checkpoint",
     "train.data.stream",

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
-from train.chaos import inject_into_engine, inject_into_source
+from train.chaos import inject_into_engine, inject_into_source, schedule_of
 from train.checkpoint.snapshots import SnapshotRing, affordable_size, available_memory
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
@@ -151,9 +152,9 @@ def _assemble(
     process_start_time: float,
 ) -> Run:
     """Put all parts together. A collective (engines are)."""
-    schedule = Schedule(config.schedule, peak_lr=config.optim.lr, num_steps=config.run.steps)
+    schedule = schedule_of(config)
     history = RecoveryHistory()
-    engine = inject_into_engine(build_engine(config, world), config, world)
+    engine = build_engine(config, world)
     tiers = _tiers(config, folder, engine, history, world)
     ledger, returns = SkipLedger(), Returns()
     stream = SampleStream(
@@ -165,16 +166,15 @@ def _assemble(
     )
     capsules = Capsules(folder.incidents, engine=engine, stream=stream, corpus=corpus, world=world)
     length = config.data.sequence_length
-    makers: dict[str, Callable[[], Callback]] = {
-        "spike_detection": lambda: SpikeDetection(config.recovery, schedule, history),
-        "spike_recovery": lambda: SpikeRecovery(config.recovery, tiers, schedule, history, length),
-        "checkpointing": lambda: Checkpointing(config.checkpoint, tiers),
-        "tracking": lambda: _tracking(config, node, world, folder, engine, process_start_time),
-    }
-    chosen = [
-        makers[name]() for name in config.callbacks.names if name != "tracking" or world.is_main
-    ]
-    events = Events([*chosen, capsules], is_main=world.is_main)
+    callbacks = _callbacks(
+        config,
+        tracking=lambda: _tracking(config, node, world, folder, engine, process_start_time),
+        tiers=tiers,
+        schedule=schedule,
+        history=history,
+        world=world,
+    )
+    events = Events([*callbacks, capsules], is_main=world.is_main)
     logger.info("callbacks in order: %s", events.describe())
     return Run(
         engine=engine,
@@ -207,6 +207,27 @@ def _assemble(
         saves_at_start=config.checkpoint.save_at_start,
         saves_at_end=config.checkpoint.save_at_end,
     )
+
+
+def _callbacks(
+    config: RunConfig,
+    *,
+    tracking: Callable[[], Callback],
+    tiers: Tiers,
+    schedule: Schedule,
+    history: RecoveryHistory,
+    world: World,
+) -> list[Callback]:
+    """Return the callbacks that the config names; only rank 0 tracks."""
+    length = config.data.sequence_length
+    makers: dict[str, Callable[[], Callback]] = {
+        "spike_detection": lambda: SpikeDetection(config.recovery, schedule, history),
+        "spike_recovery": lambda: SpikeRecovery(config.recovery, tiers, schedule, history, length),
+        "checkpointing": lambda: Checkpointing(config.checkpoint, tiers),
+        "tracking": tracking,
+    }
+    names = [name for name in config.callbacks.names if name != "tracking" or world.is_main]
+    return [makers[name]() for name in names]
 
 
 def _tiers(
@@ -280,6 +301,9 @@ def _start_and_train(
 ) -> None:
     resumed = run.rewinder.resume()
     state = TrainState() if resumed is None else resumed.state
+    # The loop alone sees the fault: what saves and restores is the real engine.
+    engine = inject_into_engine(run.engine, config, world, clock=state.clock)
+    run = replace(run, engine=engine)
     is_calm = world.broadcast(
         was_calm_after(state.clock, folder.metrics) if world.is_main else None
     )

@@ -20,6 +20,7 @@ from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
 from train.recovery.policy import LADDER_RUNGS, Rule
 from train.settings import (
+    AmountUnit,
     ChaosKind,
     Decay,
     Device,
@@ -117,6 +118,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _engine_problems(config, world_size)
     yield from _file_problems(config)
     yield from _recovery_problems(config)
+    yield from _chaos_problems(config, world_size)
     yield from cluster_problems(config.cluster)
 
 
@@ -264,8 +266,31 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                 f"run.steps={config.run.steps} and checkpoint.save_at_start=false: recovery would "
                 "have nothing to go back to"
             )
-    if config.chaos.kind is not ChaosKind.NONE and config.chaos.length.value == 0:
+
+
+def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
+    chaos = config.chaos
+    if chaos.kind is ChaosKind.NONE:
+        return
+    if chaos.length.value == 0:
         yield "chaos.length is zero; set an amount, or chaos=none"
+    if chaos.kind not in (ChaosKind.BAD_DATA, ChaosKind.LEVEL_SHIFT):
+        for key, amount in (("start", chaos.start), ("length", chaos.length)):
+            if amount.unit is AmountUnit.TOKENS:
+                yield (
+                    f"chaos.{key}={amount}: chaos={chaos.kind} strikes at a step, not at data; "
+                    'give "100 steps"'
+                )
+        if chaos.start.unit is not AmountUnit.TOKENS and chaos.start.value >= config.run.steps:
+            yield (
+                f"chaos.start={chaos.start} lies behind the last step, run.steps="
+                f"{config.run.steps}: it would never strike; set it earlier"
+            )
+    if chaos.rank >= world_size:
+        yield (
+            f"chaos.rank={chaos.rank} is no rank of {world_size}; use 0 to {world_size - 1}, or "
+            "start more processes"
+        )
 
 
 def flatten(node: object, prefix: str = "") -> dict[str, object]:

@@ -76,11 +76,27 @@ def batch(step: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     return ((starts + ramp) % 257).astype(np.uint16)
 
 
-def one_step(engine: Engine, world: World, step: int, gate: Gate | None = None) -> StepSignals:
+def own_rows(world: World, step: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
+    """Return this rank's rows of the global batch of a step."""
     share = BATCH_SAMPLES // world.size
-    rows = batch(step)[world.rank * share : (world.rank + 1) * share]
+    return batch(step)[world.rank * share : (world.rank + 1) * share]
+
+
+def one_step(
+    engine: Engine,
+    world: World,
+    step: int,
+    gate: Gate | None = None,
+    *,
+    lr: float = LR,
+    flag: bool = False,
+) -> StepSignals:
     vector = engine.step(
-        rows, num_tokens=BATCH_SAMPLES * SEQUENCE_LENGTH, lr=LR, gate=gate or Gate()
+        own_rows(world, step),
+        num_tokens=BATCH_SAMPLES * SEQUENCE_LENGTH,
+        lr=lr,
+        gate=gate or Gate(),
+        flag=flag,
     )
     return StepSignals.from_vector(vector.tolist())
 
@@ -215,7 +231,7 @@ def _changed(engine: Any, before: dict[str, Tensor]) -> list[str]:
 
 
 @contextmanager
-def _poisoned_gradient(engine: Any, *, is_here: bool) -> Iterator[None]:
+def poisoned_gradient(engine: Any, *, is_here: bool) -> Iterator[None]:
     """Turn the gradient of one parameter into NaN, on the ranks where `is_here`."""
     linear = engine.model.blocks[0].mlp.down
     hooks = []
@@ -257,7 +273,7 @@ def veto(folder: str, name: str, kind: str, device: str = "cpu") -> None:
         for label, step in gates.items():
             before = _local_state(engine)
             found[label] = {**_report(step()), "changed": _changed(engine, before)}
-        with _poisoned_gradient(engine, is_here=world.rank == world.size - 1):
+        with poisoned_gradient(engine, is_here=world.rank == world.size - 1):
             before = _local_state(engine)
             signals = one_step(engine, world, 5)
         found["nan"] = {**_report(signals), "changed": _changed(engine, before)}
@@ -277,7 +293,7 @@ def _without_veto(config: RunConfig, world: World) -> dict[str, Any]:
     """Show that the poison is one: with recovery.veto=off it reaches the parameters."""
     config = replace(config, recovery=replace(config.recovery, veto=Veto.OFF))
     engine: Any = build_engine(config, world)
-    with _poisoned_gradient(engine, is_here=world.rank == world.size - 1):
+    with poisoned_gradient(engine, is_here=world.rank == world.size - 1):
         signals = one_step(engine, world, 0)
     is_nan = any(bool(whole(parameter).isnan().any()) for parameter in engine.model.parameters())
     return {**_report(signals), "is_nan": is_nan}

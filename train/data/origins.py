@@ -102,7 +102,7 @@ class DocumentIndex:
     def _open(self, name: str) -> npt.NDArray[np.integer]:
         try:
             column: npt.NDArray[np.integer] = np.load(self._folder / name, mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise DataError(
                 f"{self._folder / name} cannot be read ({error}); delete {self._folder} and it is "
                 "made anew"

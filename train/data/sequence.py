@@ -16,10 +16,10 @@ import numpy.typing as npt
 class Returns:
     """Samples that stand in the sequence a second time, since they were skipped the first time.
 
-    A return (position, start, stop) says: from `position` on, the samples at positions
-    `[start, stop)` come again, and all that stood at `position` or after it moves back by
-    `stop - start`. Nothing before `position` changes, so it must not lie before the cursor of any
-    state that is still in use, nor before `SkipLedger.end`, whose ranges do not move along.
+    A return (position, start, stop) says: at positions `[position, position + stop - start)` the
+    samples of positions `[start, stop)` come again; the order goes on around it. Nothing before
+    `position` changes, and no other return moves, but what stood at it or after it does, so it must
+    not lie before the cursor of any state that is still in use.
     """
 
     def __init__(self, entries: Iterable[tuple[int, int, int]] = ()) -> None:
@@ -30,16 +30,12 @@ class Returns:
         for position, start, stop in entries:
             self.insert(position, start, stop)
 
-    @property
-    def end(self) -> int:
-        """The first position at which another return may stand."""
-        return int(self._starts[-1])
-
     def insert(self, position: int, start: int, stop: int) -> None:
         """Put the samples at positions `[start, stop)` back at `position`; twice does it once.
 
-        Raises: ValueError if `position` lies before `stop` or `end`, or a sample would be put back
-        a second time (if it was skipped again, its younger position is the one to put back).
+        Raises: ValueError if `position` lies before `stop`, where another return stands, or a
+        sample would be put back a second time (if it was skipped again, its younger position is
+        the one to put back).
         """
         if not 0 <= start <= stop <= position:
             raise ValueError(
@@ -55,21 +51,37 @@ class Returns:
                     f"{min(stop, old_stop)}) are back already, from position "
                     f"{old_position + max(start, old_start) - old_start} on; leave them out"
                 )
-        if position < self.end:
-            raise ValueError(
-                f"a return at position {position} would tear the one before it, which ends at "
-                f"{self.end}; put [{start}, {stop}) back at {self.end} or later"
+        for taken_start, taken_stop in self.places():
+            if position < taken_stop and taken_start < position + stop - start:
+                raise ValueError(
+                    f"a return at position {position} would overlap the one at [{taken_start}, "
+                    f"{taken_stop}); put [{start}, {stop}) back beside it"
+                )
+        self._entries = sorted([*self._entries, (position, start, stop)])
+        self._rebuild()
+
+    @property
+    def end(self) -> int:
+        """The position after the last return, 0 if there is none."""
+        return int(self._starts[-1])
+
+    def places(self) -> list[tuple[int, int]]:
+        """Return the positions `[start, stop)` that returns take up, in order."""
+        return [(at, at + stop - start) for at, start, stop in self._entries]
+
+    def _rebuild(self) -> None:
+        self._starts = np.zeros(1, dtype=np.int64)
+        self._shifts = np.zeros(1, dtype=np.int64)
+        for position, start, stop in self._entries:
+            distance = position - start
+            first = int(np.searchsorted(self._starts, start, side="right")) - 1
+            last = int(np.searchsorted(self._starts, stop, side="left"))
+            again = np.maximum(self._starts[first:last], start) + distance
+            self._starts = np.concatenate([self._starts, again, [position + stop - start]])
+            rest = self._shifts[-1] - (stop - start)
+            self._shifts = np.concatenate(
+                [self._shifts, self._shifts[first:last] - distance, np.atleast_1d(rest)]
             )
-        self._entries.append((position, start, stop))
-        distance = position - start
-        first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        last = int(np.searchsorted(self._starts, stop, side="left"))
-        again = np.maximum(self._starts[first:last], start) + distance
-        self._starts = np.concatenate([self._starts, again, [position + stop - start]])
-        rest = self._shifts[-1] - (stop - start)
-        self._shifts = np.concatenate(
-            [self._shifts, self._shifts[first:last] - distance, np.atleast_1d(rest)]
-        )
 
     def resolve(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the indices of the order, int64 [n], at `positions`, int64 [n], each at least 0.
@@ -83,7 +95,7 @@ class Returns:
         return indices
 
     def entries(self) -> list[tuple[int, int, int]]:
-        """Return (position, start, stop) of each return in order, as JSON values."""
+        """Return (position, start, stop) of each return by position, as JSON values."""
         return list(self._entries)
 
     def num_samples(self) -> int:

@@ -70,8 +70,6 @@ def _is_known(tokenizer: Tokenizer, token: int) -> bool:
 def _join_bytes(tokens: list[int]) -> str:
     pieces = groupby(tokens, key=lambda token: token == BYTES_END_OF_DOCUMENT)
     return "".join(
-        END_OF_DOCUMENT * len(list(piece))
-        if is_end
-        else bytes(piece).decode(errors="replace")
+        END_OF_DOCUMENT * len(list(piece)) if is_end else bytes(piece).decode(errors="replace")
         for is_end, piece in pieces
     )

@@ -74,7 +74,8 @@ class SnapshotCopier:
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+        # torch leaves it untyped.
+        self._stream = torch.cuda.Stream(device) if self._is_cuda else None  # type: ignore[no-untyped-call]
         self._copied: torch.cuda.Event | None = None
         self._checksum_thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot-checksum")
 

@@ -170,8 +170,8 @@ class TorchEngine:
         reduced = torch.cat((own_signals(loss_sum, self._world, flag=flag), shares))
         if self._world.size > 1:
             dist.all_reduce(reduced)
-        loss_sum, bad_and_flagged, update_square, nonfinite, group_squares = reduced.split(
-            (1, 3, 1, 1, len(self.group_names))
+        loss_sum, bad_and_flagged, update_square, nonfinite, group_squares = torch.split(
+            reduced, [1, 3, 1, 1, len(self.group_names)]
         )
         loss = loss_sum / num_tokens
         grad_norm = group_squares.sum(0, keepdim=True).sqrt()

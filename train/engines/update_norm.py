@@ -80,7 +80,7 @@ def _chunks(
     seconds: list[Tensor] = []
     numel = 0
     for first, second in pairs:
-        pieces = (flat.reshape(-1).split(chunk_numel) for flat in (first, second))
+        pieces = (torch.split(moment.view(-1), chunk_numel) for moment in (first, second))
         for first_piece, second_piece in zip(*pieces, strict=True):
             if firsts and numel + first_piece.numel() > chunk_numel:
                 yield firsts, seconds

@@ -1,42 +1,63 @@
 """What is normal for a signal: its level, its noise, its slow trend. Numbers in, numbers out.
 
-Owns the memory of the detector: sorted windows kept by insertion, so that a step costs microseconds.
-Refuses verdicts, clocks, I/O and anything but the standard library. Called by `detector` alone.
+Owns the detector's memory: sorted windows kept by insertion, so that a step costs microseconds.
+Refuses verdicts, clocks, I/O and everything but the standard library. Called by `detector` alone,
+on every rank with the same numbers; no collective.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-# The interquartile range of normal noise, in standard deviations.
-_QUARTILES_TO_SIGMA = 1 / 1.349
+# The interquartile range and the lowest tenth of normal noise, in standard deviations.
+_QUARTILES = 1.349
+_LOWEST_TENTH = 1.2816
 # A run's logged loss moves by at least this share from step to step; guards against zero noise.
 MIN_SIGMA = 0.004
+# Quartiles of n residuals are trusted as if the noise were 1 + 8 / n times larger: the first 16
+# steps of a run are its most changeable.
+_FEW_RESIDUALS = 8
+# A window's quartiles scatter by a sixth: the recent noise replaces a larger old one with a margin.
+_RECENT_MARGIN = 1.2
+_SWING_MARGIN = 1.1
+# The extrapolated share of the fall between the two halves of the window: half a half-window is
+# what the median of the newest half lags behind.
+_LAG_SHARE = 0.5
+_MAX_EXPONENT = 700.0
+
+
+def exp(log_value: float) -> float:
+    """Return e to the power of `log_value`, at most what a float holds."""
+    return math.exp(min(log_value, _MAX_EXPONENT))
 
 
 class SortedWindow:
     """The last `length` values, in order of arrival and of size."""
 
-    __slots__ = ("arrivals", "ordered")
+    __slots__ = ("arrivals", "length", "ordered")
 
     def __init__(self, length: int) -> None:
-        self.arrivals: deque[float] = deque(maxlen=length)
+        self.length = length
+        self.arrivals: deque[float] = deque()
         self.ordered: list[float] = []
 
-    def add(self, value: float) -> None:
-        """Take a value in, and let the oldest go if the window is full."""
-        ordered = self.ordered
-        if len(ordered) == self.arrivals.maxlen:
-            del ordered[bisect_left(ordered, self.arrivals[0])]
-        self.arrivals.append(value)
+    def add(self, value: float) -> float | None:
+        """Take a value in; return the one that had to leave, if any."""
+        arrivals, ordered = self.arrivals, self.ordered
+        leaving = None
+        if len(ordered) >= self.length:
+            leaving = arrivals.popleft()
+            del ordered[bisect_left(ordered, leaving)]
+        arrivals.append(value)
         insort(ordered, value)
+        return leaving
 
-    def replace(self, values: Sequence[float]) -> None:
-        """Forget everything and keep the newest of `values`."""
-        self.arrivals.clear()
-        self.arrivals.extend(values)
+    def fill(self, values: Iterable[float]) -> None:
+        """Forget everything and take the newest of `values`."""
+        self.arrivals = deque(deque(values, maxlen=self.length))
         self.ordered = sorted(self.arrivals)
 
     def median(self) -> float:
@@ -47,71 +68,111 @@ class SortedWindow:
             return ordered[middle]
         return (ordered[middle - 1] + ordered[middle]) / 2
 
+    def spread(self) -> float:
+        """Standard deviation by the quartiles; the window must not be empty."""
+        ordered = self.ordered
+        quarter = len(ordered) >> 2
+        return (ordered[-1 - quarter] - ordered[quarter]) / _QUARTILES
+
 
 class RobustBaseline:
     """Level and noise of the log of one signal over its accepted values.
 
-    The level is the median of the last `window` values, less the lag of that median: the median of
-    the last `2 * window` residuals, as far as the signal falls. A rising signal is not extrapolated,
-    so that a slow divergence is not taken for the trend. The noise is the interquartile range of the
-    residuals, so a trend does not inflate it.
+    The level is the median of the newest half of the window, and where the signal falls, what that
+    median lags behind. A rise is not extrapolated, or a slow divergence would pass for a trend.
+    The noise is the spread of the residuals at acceptance, so that a trend does not inflate it. It
+    is that of three windows, or the recent one's if smaller (training calms down), or that of
+    recent swings *below* the level if larger: spikes go up, so what goes down is noise.
     """
 
-    __slots__ = ("_residuals", "_values", "level", "num_accepted", "sigma")
+    __slots__ = ("_newest", "_older", "_recent", "_residuals", "_swings", "floor", "level")
+    __slots__ += ("noise", "num_accepted", "sigma", "swing")
 
-    def __init__(self, window: int) -> None:
-        self._values = SortedWindow(window)
-        self._residuals = SortedWindow(2 * window)
+    def __init__(self, window: int, floor: float = MIN_SIGMA) -> None:
+        half = max(2, window // 2)
+        self._newest, self._older = SortedWindow(half), SortedWindow(half)
+        self._residuals, self._recent = SortedWindow(3 * window), SortedWindow(window)
+        self._swings = SortedWindow(half)
+        self.floor = floor
         self.num_accepted = 0
         self.level = 0.0
-        self.sigma = MIN_SIGMA
+        self.sigma = self.noise = floor
+        self.swing = 0.0
 
     def __len__(self) -> int:
-        return len(self._values.ordered)
+        return len(self._newest.ordered) + len(self._older.ordered)
 
     @property
     def lowest(self) -> float:
         """Lowest value in the window, which must not be empty."""
-        return self._values.ordered[0]
+        older = self._older.ordered
+        newest = self._newest.ordered[0]
+        return min(newest, older[0]) if older else newest
+
+    def observe(self, log_value: float) -> None:
+        """Note how far any value, accepted or not, lies from the level."""
+        swings = self._swings
+        swings.add(log_value - self.level)
+        ordered = swings.ordered
+        if len(ordered) == swings.length:
+            self.swing = -_SWING_MARGIN * ordered[len(ordered) // 10] / _LOWEST_TENTH
+            self.noise = max(self.sigma, self.swing)
 
     def accept(self, log_value: float) -> None:
         """Let a value into the baseline."""
-        values = self._values
-        if values.ordered:
-            self._residuals.add(log_value - values.median())
-        values.add(log_value)
+        if self.num_accepted:
+            residual = log_value - self.level
+            self._residuals.add(residual)
+            self._recent.add(residual)
         self.num_accepted += 1
+        leaving = self._newest.add(log_value)
+        if leaving is not None:
+            self._older.add(leaving)
         self._refresh()
 
     def reanchor(self, log_values: Sequence[float]) -> None:
-        """Forget the level and start from `log_values`, keeping the known noise."""
-        self._values.replace(log_values)
+        """Start from a new level; its noise too, if there are values enough to know it."""
+        self._newest.fill(log_values)
+        self._older.fill(())
+        if len(log_values) >= 2 * _FEW_RESIDUALS:
+            centre = self._newest.median()
+            self._residuals.fill([value - centre for value in log_values])
+            self._recent.fill(())
+        self._swings.fill(())
+        self.swing = 0.0
+        self._refresh()
+
+    def forget_noise(self, num_kept: int) -> None:
+        """Keep the newest residuals alone: the run is not as noisy as it was."""
+        self._residuals.fill(list(self._residuals.arrivals)[-num_kept:])
+        self._recent.fill(())
         self._refresh()
 
     def _refresh(self) -> None:
-        self.level = self._values.median()
-        ordered = self._residuals.ordered
-        count = len(ordered)
+        newest, older = self._newest, self._older
+        self.level = level = newest.median()
+        if 2 * len(older.ordered) >= older.length:
+            fall = _LAG_SHARE * (level - older.median())
+            if fall < 0:
+                self.level = level + fall
+        count = len(self._residuals.ordered)
         if count >= 4:
-            quarter = count >> 2
-            spread = (ordered[-1 - quarter] - ordered[quarter]) * _QUARTILES_TO_SIGMA
-            # Few residuals know their spread badly: 4 more than it seems at 16, none at 100.
-            self.sigma = max(MIN_SIGMA, spread * (1 + 4 / count))
-            self.level += min(0.0, self._residuals.median())
+            spread = self._residuals.spread()
+            recent = self._recent
+            if len(recent.ordered) == recent.length:
+                spread = min(spread, _RECENT_MARGIN * recent.spread())
+            self.sigma = max(self.floor, spread * (1 + _FEW_RESIDUALS / count))
+            self.noise = max(self.sigma, self.swing)
 
     def state_dict(self) -> dict[str, object]:
         """Return the state as JSON values."""
         return {
-            "values": list(self._values.arrivals),
+            "newest": list(self._newest.arrivals),
+            "older": list(self._older.arrivals),
             "residuals": list(self._residuals.arrivals),
+            "recent": list(self._recent.arrivals),
+            "swings": list(self._swings.arrivals),
             "num_accepted": self.num_accepted,
+            "sigma": self.sigma,
+            "swing": self.swing,
         }
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up the state of another instance, the newest values that fit."""
-        self._values.replace(state["values"])
-        self._residuals.replace(state["residuals"])
-        self.num_accepted = state["num_accepted"]
-        self.level, self.sigma = 0.0, MIN_SIGMA
-        if self._values.ordered:
-            self._refresh()

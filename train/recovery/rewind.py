@@ -10,6 +10,7 @@ on disk, trains the same samples up to the target's cursor, and jumps the same r
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -153,15 +154,18 @@ class Rewinder:
         return record
 
     def unskip(self, action: Unskip, present: TrainState, *, end_cursor: int) -> Incident:
-        """Put skipped samples back so that they are the last of the data that the run reads.
+        """Put skipped samples back as late in the data as the run still reads them.
 
         `end_cursor`: where the run's last step would leave the cursor.
         """
         skipped = action.skipped
-        earliest = max(present.cursor, self._returns.end, self._ledger.end)
-        position = max(earliest, end_cursor - len(skipped))
+        taken = [*self._ledger.ranges(), *self._returns.places()]
+        position = latest_gap(len(skipped), present.cursor, end_cursor, taken)
+        reason = action.reason
+        if position >= end_cursor:
+            reason += "; no room is left before the end of the run: read if run.steps is raised"
         record = replace(
-            self._single(Rung.UNSKIP, present, action.reason, request=action.request),
+            self._single(Rung.UNSKIP, present, reason, request=action.request),
             returned=(position, skipped.start, skipped.stop),
         )
         self._write(record)
@@ -285,3 +289,19 @@ class Rewinder:
 def _clock_of(name: str) -> int:
     """Return the clock that the name of a state carries."""
     return int(name.rsplit("-", 1)[-1])
+
+
+def latest_gap(length: int, start: int, stop: int, taken: Iterable[tuple[int, int]]) -> int:
+    """Return the last position in `[start, stop)` where `length` positions are free of `taken`.
+
+    Without such a gap, the first one from `stop` on.
+    """
+    end = stop
+    blocks = sorted((block for block in taken if block[1] > start), reverse=True)
+    for block_start, block_stop in blocks:
+        if block_stop < end and end - max(start, block_stop) >= length:
+            break
+        end = min(end, block_start)
+    if end - start >= length:
+        return end - length
+    return max([start, stop, *(block[1] for block in blocks)])

@@ -125,3 +125,11 @@ def test_range_is_covered_if_all_of_it_is_skipped(seed: int) -> None:
 def test_end_is_behind_the_last_skipped_position() -> None:
     assert SkipLedger().end == 0
     assert SkipLedger([(30, 40), (2, 5)]).end == 40
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_advance_ends_where_take_ends(seed: int) -> None:
+    ledger = SkipLedger(random_ranges(seed))
+    for cursor in range(0, SPACE + 30, 3):
+        for count in (1, 2, 5, 40):
+            assert ledger.advance(cursor, count) == ledger.take(cursor, count)[1]

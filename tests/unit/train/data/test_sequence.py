@@ -167,11 +167,17 @@ def test_return_of_what_has_not_come_yet_is_refused(entry: tuple[int, int, int])
 
 def test_return_inside_an_earlier_one_is_refused() -> None:
     returns = Returns([(20, 0, 5)])
-    with pytest.raises(ValueError, match=r"which ends at 25; put \[7, 9\) back at 25 or later"):
+    with pytest.raises(ValueError, match=r"overlap the one at \[20, 25\)"):
         returns.insert(24, 7, 9)
     assert returns.entries() == [(20, 0, 5)]
     returns.insert(25, 7, 9)
     assert resolved(returns)[20:28] == [0, 1, 2, 3, 4, 7, 8, 20]
+
+
+def test_return_before_an_earlier_one_leaves_that_where_it_is() -> None:
+    late_first = Returns([(20, 0, 5), (15, 7, 9)])
+    assert resolved(late_first)[14:26] == [14, 7, 8, 15, 16, 17, 0, 1, 2, 3, 4, 18]
+    assert late_first.entries() == Returns([(15, 7, 9), (20, 0, 5)]).entries()
 
 
 def test_sample_that_is_back_already_is_refused_with_its_new_place() -> None:

@@ -9,9 +9,10 @@ import pytest
 
 from train.data.ledger import SkipLedger
 from train.data.order import SampleOrder
+from train.data.origins import SampleOrigin
 from train.data.sequence import Returns
 from train.data.store import CorpusInfo, TokenStore
-from train.data.stream import OrderedSource, PoisonedSource, SampleStream
+from train.data.stream import OrderedSource, PoisonedSource, SampleStream, ShiftedSource
 from train.errors import DataError
 
 LENGTH = 4
@@ -196,3 +197,81 @@ def test_indices_are_those_of_the_batch_and_read_no_tokens(tmp_path: Path) -> No
 class Unreadable:
     def rows(self, indices: np.ndarray) -> np.ndarray:
         raise AssertionError(f"the tokens of {indices} were read")
+
+    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
+        raise AssertionError(f"the origins of {index} were read")
+
+
+# A lasting shift.
+
+WIDE = 64
+
+
+def wide(folder: Path, *, seed: int = 7) -> OrderedSource:
+    info = corpus(folder, 60_001)
+    made = TokenStore(info, sequence_length=WIDE, validation_samples=0)
+    return OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=seed))
+
+
+def test_shift_begins_at_its_start_and_never_ends(tmp_path: Path) -> None:
+    plain = wide(tmp_path)
+    shifted = ShiftedSource(plain, start=300, seed=1)
+    indices = np.array([0, 299, 300, 301, 5000, 10**12], dtype=np.int64)
+    differs = (shifted.rows(indices) != plain.rows(indices)).any(axis=1)
+    assert differs.tolist() == [False, False, True, True, True, True]
+
+
+def test_shift_replaces_a_seventh_of_the_tokens_by_others_of_the_sample(tmp_path: Path) -> None:
+    plain = wide(tmp_path)
+    indices = np.arange(500, dtype=np.int64)
+    before = plain.rows(indices)
+    after = ShiftedSource(plain, start=0, seed=1).rows(indices)
+    assert after.dtype == before.dtype
+    changed = before != after
+    assert 0.14 < changed.mean() < 0.16
+    assert np.ptp(changed.mean(axis=0)) < 0.12  # no place of the sample is spared or preferred
+    assert all(set(new) <= set(old) for new, old in zip(after, before, strict=True))
+
+
+def test_level_of_the_shift_neither_grows_nor_fades(tmp_path: Path) -> None:
+    plain = wide(tmp_path)
+    shifted = ShiftedSource(plain, start=0, seed=1)
+    for first in (0, 10**4, 10**9):
+        indices = np.arange(first, first + 500, dtype=np.int64)
+        share = (plain.rows(indices) != shifted.rows(indices)).mean()
+        assert 0.14 < share < 0.16
+
+
+def test_shift_is_the_same_for_any_batches_and_comes_again(tmp_path: Path) -> None:
+    shifted = ShiftedSource(wide(tmp_path), start=3, seed=-1)
+    indices = np.arange(20, dtype=np.int64)
+    whole = shifted.rows(indices)
+    scrambled = np.random.default_rng(0).permutation(indices)
+    assert np.array_equal(shifted.rows(scrambled), whole[scrambled])
+    assert np.array_equal(shifted.rows(indices[7:8]), whole[7:8])
+
+
+def test_shifts_of_two_seeds_differ_and_a_sample_differs_in_each_epoch(tmp_path: Path) -> None:
+    plain = wide(tmp_path)
+    indices = np.arange(50, dtype=np.int64)
+    one, other = (ShiftedSource(plain, start=0, seed=seed).rows(indices) for seed in (1, 2))
+    assert (one != other).mean() > 0.2
+    changed = one != plain.rows(indices)
+    assert not np.array_equal(changed[0], changed[1])
+
+
+# Where samples come from, through the sources.
+
+
+def test_faulty_sources_tell_the_origins_of_the_sound_one() -> None:
+    sound = Unreadable()
+    origin = SampleOrigin(
+        file="a.txt", line=None, document=3, token_offset_in_document=5, num_tokens=7
+    )
+    sound.origins = lambda index: (origin,) if index == 4 else ()  # type: ignore[method-assign]
+    poisoned = PoisonedSource(sound, start=0, stop=9, vocab_size=10, seed=1)
+    shifted = ShiftedSource(poisoned, start=0, seed=1)
+    assert poisoned.origins(4) == shifted.origins(4) == (origin,)
+    through = SampleStream(shifted, SkipLedger(), rank=0, num_ranks=1)
+    assert through.origins_of(4) == (origin,)
+    assert through.origins_of(5) == ()
