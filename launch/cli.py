@@ -1,10 +1,12 @@
 """The `trimtab` command line.
 
-Owns the commands, what they print, and the exit codes: 2 for a `LaunchError`, one line on stderr.
+Owns the commands, what they print, and the exit codes: 2 for a `LaunchError`, one line on stderr;
+130 if waiting for an answer was cut short by Ctrl-C.
 Refuses to do work of its own: each command calls one or two functions of this package.
 Called by the console script `trimtab`, through `main`.
 """
 
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from launch.cluster import ClusterConfig
+    from launch.control import Answer, Liveness, Request
 
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Hydra overrides: exp=NAME, group=option, key=value.", show_default=False),
 ]
 Run = Annotated[str, typer.Argument(help="A run folder, or a name under ./runs.")]
+Wait = Annotated[
+    float, typer.Option(help="Seconds to wait for the run's answer; 0: do not wait.", min=0)
+]
 
 
 def build_app() -> typer.Typer:
@@ -40,6 +46,10 @@ def build_app() -> typer.Typer:
     app.command("explain")(explain)
     app.command("report")(report)
     app.command("incidents")(incidents)
+    app.command("rewind")(rewind)
+    app.command("skip")(skip)
+    app.command("unskip")(unskip)
+    app.command("replay")(replay)
     return app
 
 
@@ -138,13 +148,142 @@ def report(
     print(page)
 
 
-def incidents(run: Run) -> None:
-    """List a run's incidents from its journal."""
+def incidents(
+    run: Run,
+    has_all: Annotated[bool, typer.Option("--all", help="List refused updates, too.")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="One JSON object a line.")] = False,
+) -> None:
+    """List what recovery and operators did to a run, attempt by attempt."""
     from launch.incidents import read_incidents
     from launch.paths import find_run
-    from launch.show import show_incidents
+    from launch.show import show_incidents, show_incidents_json
 
-    print(show_incidents(read_incidents(find_run(run))))
+    found = read_incidents(find_run(run))
+    if is_json:
+        lines = show_incidents_json(found, has_all=has_all)
+        print(lines, end="\n" if lines else "")
+        return
+    width = shutil.get_terminal_size(fallback=(100, 24)).columns
+    print(show_incidents(found, width=width, has_all=has_all))
+
+
+def rewind(
+    run: Run,
+    to: Annotated[int, typer.Option("--to", help="Go back to the last good state up to STEP.")],
+    skip: Annotated[
+        str | None,
+        typer.Option(
+            help='Data to skip from there: "1B tokens", "300 batches", "100 steps", or "seen":'
+            " all that the run has seen since. Without it the same data come again.",
+            show_default=False,
+        ),
+    ] = None,
+    wait: Wait = 60,
+) -> None:
+    """Ask a run to go back to a good state, now or when it starts again."""
+    from launch.control import SEEN, Kind, Request, read_amount
+
+    amount = skip if skip in (None, SEEN) else read_amount(skip)
+    _ask(run, Request(kind=Kind.REWIND, to_step=to, amount=amount), wait)
+
+
+def skip(
+    run: Run,
+    tokens: Annotated[str | None, typer.Option(help="So many: 200M.", show_default=False)] = None,
+    batches: Annotated[str | None, typer.Option(help="So many.", show_default=False)] = None,
+    steps: Annotated[str | None, typer.Option(help="So many.", show_default=False)] = None,
+    wait: Wait = 60,
+) -> None:
+    """Ask a run to skip the data that it would read next."""
+    from launch.control import Kind, Request, read_amount
+
+    given = {"tokens": tokens, "batches": batches, "steps": steps}
+    amounts = [f"{count} {unit}" for unit, count in given.items() if count is not None]
+    if len(amounts) != 1:
+        raise LaunchError(
+            f"{' and '.join(amounts) or 'no amount'} given; use one of --tokens 200M,"
+            " --batches 300 and --steps 100"
+        )
+    _ask(run, Request(kind=Kind.SKIP, amount=read_amount(amounts[0])), wait)
+
+
+def unskip(
+    run: Run,
+    incident: Annotated[int, typer.Option(help="Its number in `trimtab incidents`.")],
+    wait: Wait = 60,
+) -> None:
+    """Ask a run to put what an incident skipped back, at the end of its data."""
+    from launch.control import Kind, Request
+
+    _ask(run, Request(kind=Kind.UNSKIP, incident=incident), wait)
+
+
+def replay(
+    run: Run,
+    incident: Annotated[int, typer.Option(help="Its number in `trimtab incidents`.")],
+    nproc: Annotated[
+        int | None,
+        typer.Option(help="Ranks; by default as many as the run had on one host."),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="How far to go beyond the step at which it was found.  [default: 4]"),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Where to write it, instead of the incident's folder."),
+    ] = None,
+) -> None:
+    """Find out why an incident came: data, state, both, or hardware. Changes nothing of the run."""
+    from launch import local
+    from launch.paths import find_run
+    from launch.replay import command, environment
+
+    folder = find_run(run)
+    arguments = command(folder, incident, num_ranks=nproc, num_steps=steps, output=output)
+    local.run(arguments, environment(folder))
+
+
+def _ask(run: str, request: "Request", wait_seconds: float) -> None:
+    from launch import control
+    from launch.paths import find_run
+    from launch.show import show_request
+
+    folder = find_run(run)
+    alive = control.liveness(folder)
+    control.check(folder, request, alive)
+    path = control.leave(folder, request)
+    answer = None
+    if wait_seconds > 0 and alive is not control.Liveness.STOPPED:
+        try:
+            answer = _wait(folder, path, wait_seconds, alive)
+        except KeyboardInterrupt:
+            print(show_request(folder, path, alive), file=sys.stderr)
+            raise typer.Exit(130) from None
+    if answer is None:
+        print(show_request(folder, path, alive))
+    elif answer.is_accepted:
+        print(answer.message)
+    else:
+        raise LaunchError(f"{folder} refused: {answer.message}")
+
+
+def _wait(folder: Path, path: Path, seconds: float, alive: "Liveness") -> "Answer | None":
+    """Wait for the answer; on a terminal, a line that counts."""
+    from launch import control
+
+    def tick(waited: float) -> None:
+        if sys.stderr.isatty():
+            line = f"\rwaiting for the run's answer: {waited:.0f} of {seconds:.0f} s"
+            print(line, end="", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        print(f"waiting up to {seconds:g} s for the run's answer", file=sys.stderr, flush=True)
+    try:
+        return control.wait(folder, path, seconds=seconds, alive=alive, tick=tick)
+    finally:
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
 
 
 def _print_version(is_asked: bool) -> None:

@@ -1,9 +1,9 @@
 """The incidents of a run, as `trimtab incidents` lists them.
 
-Owns which files of the run folder are read: the journal and the timeline, not the metrics, which
-can be large.
+Owns which files of the run folder are read: the journal, the timeline, the config for the length
+of a sample, and where evidence lies; not the metrics, which can be large.
 Refuses to interpret them: `monitoring.incidents` joins the records.
-Called by `launch.cli`. Reads only, so it is safe beside a run in progress.
+Called by `launch.cli` and `launch.control`. Reads only, so it is safe beside a run in progress.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,19 +15,23 @@ from launch.errors import LaunchError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncidentList:
-    """The incidents by number, and how many torn lines were left out."""
+    """The attempts by incident, the refused updates, and how many torn lines were left out."""
 
     rows: Sequence[Mapping[str, object]]
+    vetoes: Sequence[Mapping[str, object]]
     num_skipped_lines: int
 
 
 def read_incidents(run_folder: Path) -> IncidentList:
     """Return the run's incidents; a run without a journal has none.
 
+    A row has the keys of `monitoring.incidents.collect_incidents`, and `num_skipped_tokens` (None
+    if the config does not tell) and `capsule` (the path of the evidence, or None).
+
     Raises:
         LaunchError: a file is there and cannot be read.
     """
-    from monitoring.incidents import collect_incidents
+    from monitoring.incidents import collect_incidents, collect_vetoes
     from monitoring.records import (
         EVENTS_FILE,
         JOURNAL_FILE,
@@ -48,4 +52,39 @@ def read_incidents(run_folder: Path) -> IncidentList:
         events=events.records,
         journal=journal.records,
     )
-    return IncidentList(rows=collect_incidents(run), num_skipped_lines=journal.num_skipped)
+    length = _sequence_length(run_folder)
+    rows = [
+        {
+            **row,
+            "num_skipped_tokens": _product(row["num_skipped_samples"], length),
+            "capsule": _capsule(run_folder, row),
+        }
+        for row in collect_incidents(run)
+    ]
+    return IncidentList(
+        rows=rows, vetoes=collect_vetoes(run), num_skipped_lines=journal.num_skipped
+    )
+
+
+def _product(count: object, length: int | None) -> int | None:
+    return count * length if isinstance(count, int) and length is not None else None
+
+
+def _capsule(run_folder: Path, row: Mapping[str, object]) -> str | None:
+    incident, attempt = row.get("incident"), row.get("attempt")
+    if not isinstance(incident, int) or not isinstance(attempt, int):
+        return None
+    path = run_folder / "incidents" / f"{incident:04d}-{attempt}" / "capsule.json"
+    return str(path) if row.get("is_rewind") and path.is_file() else None
+
+
+def _sequence_length(run_folder: Path) -> int | None:
+    """Return how many tokens a sample has, or None if the config cannot be read."""
+    import yaml
+
+    try:
+        config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
+        length = config["data"]["sequence_length"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return length if isinstance(length, int) else None

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from monitoring.incidents import short_count
+from monitoring.incidents import in_words, returned_samples, short_count
 from monitoring.records import Record, integer, number, sample_range
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ PLAIN_INTERVAL_SECONDS = 5.0
 _REFRESHES_PER_SECOND = 4
 _BAR_CHARACTERS = 24
 _SMOOTHING = 0.05
+_INCIDENT_HEADINGS = (
+    "#",
+    "what",
+    "found at",
+    "verdict",
+    "back to",
+    "samples skipped",
+    "state",
+    "recovery",
+)
 
 
 class ConsoleProgress:
@@ -149,7 +159,7 @@ class ConsoleProgress:
 
 
 def print_summary(summary: Mapping[str, object], incidents: Sequence[Record]) -> None:
-    """Print how a run ended to stdout: `summary.json`, then one row an incident."""
+    """Print how a run ended to stdout: `summary.json`, then one row an attempt."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -164,7 +174,16 @@ def print_summary(summary: Mapping[str, object], incidents: Sequence[Record]) ->
     if not incidents:
         return
     rows = Table(title="Incidents")
-    for heading in ("#", "found at", "verdict", "back to", "samples skipped", "recovery"):
+    for heading in (
+        "#",
+        "what",
+        "found at",
+        "verdict",
+        "back to",
+        "samples skipped",
+        "state",
+        "recovery",
+    ):
         rows.add_column(heading, overflow="fold")
     for incident in incidents:
         rows.add_row(*(Text(cell) for cell in _incident_cells(incident)))
@@ -210,14 +229,21 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
 
 
 def _incident_cells(incident: Record) -> list[str]:
-    skip = sample_range(incident)
-    seconds = number(incident, "seconds")
-    target = incident.get("target_step", incident.get("to_step"))
+    skip, back = sample_range(incident), returned_samples(incident)
+    seconds, scale = number(incident, "seconds"), number(incident, "lr_scale")
+    target = None
+    if incident.get("is_rewind") or incident.get("state") == "observed":
+        target = incident.get("target_step", incident.get("to_step"))
+    start, stop = back[1:] if back else skip or (0, 0)
+    count = start - stop if back else stop - start
+    cooled = "" if scale in (None, 1.0) else f", rate x {scale:g}"
     return [
-        str(incident.get("incident", "")),
+        f"{incident.get('incident', '')}.{incident.get('attempt', 1)}",
+        in_words(incident.get("rung")) + cooled,
         f"step {incident.get('detected_step', incident.get('from_step', ''))}",
-        str(incident.get("verdict", "")),
+        in_words(incident.get("verdict")),
         "" if target is None else f"step {target}",
-        f"{skip[1] - skip[0]:,} [{skip[0]:,}, {skip[1]:,})" if skip else "",
+        f"{count:,} [{start:,}, {stop:,})" if count else "",
+        str(incident.get("state", "")),
         "" if seconds is None else f"{seconds:.2f} s",
     ]

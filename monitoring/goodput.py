@@ -23,6 +23,7 @@ from monitoring.survival import survivors
 _BLOCKING_KINDS: Mapping[str, str] = {
     "checkpoint_saved": "checkpoint",
     "checkpoint_failed": "checkpoint",
+    "snapshot": "checkpoint",
     "rewind": "rewind",
     "evaluation": "evaluation",
 }

@@ -51,10 +51,11 @@ def collect_vetoes(run: RunRecords) -> list[Record]:
 def returned_samples(row: Record) -> tuple[int, int, int] | None:
     """What an attempt put back: `(position, start, stop)`, or None."""
     value = row.get("returned")
-    is_triple = isinstance(value, list | tuple) and len(value) == 3
-    if not is_triple or not all(isinstance(part, int) for part in value):
+    if not isinstance(value, list | tuple) or len(value) != 3:
         return None
     position, start, stop = value
+    if not (isinstance(position, int) and isinstance(start, int) and isinstance(stop, int)):
+        return None
     return position, start, stop
 
 

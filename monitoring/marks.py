@@ -38,7 +38,8 @@ def incident_traces(incidents: Sequence[Record], height: float) -> list[Trace]:
     for name, symbol, color in _KINDS:
         rows = [row for row in incidents if _kind(row) == name and _clock(row) is not None]
         if rows:
-            marker = {"color": color, "size": 10, "symbol": symbol, "line": {"width": 1.5}}
+            line = {"color": color, "width": 1.5}
+            marker = {"color": color, "size": 10, "symbol": symbol, "line": line}
             points = [(_clock(row), height) for row in rows]
             trace = markers(name, "y", points, marker, "%{text}")
             trace["text"] = [_hover(row) for row in rows]
@@ -46,9 +47,7 @@ def incident_traces(incidents: Sequence[Record], height: float) -> list[Trace]:
     return traces
 
 
-def rewind_marks(
-    incidents: Sequence[Record], last_clock: int
-) -> tuple[list[Trace], list[Trace]]:
+def rewind_marks(incidents: Sequence[Record], last_clock: int) -> tuple[list[Trace], list[Trace]]:
     """A dotted line and a label where a rewind began: shapes and annotations."""
     rewinds = [row for row in incidents if _kind(row) == "rewind"]
     is_short = len(rewinds) > _MAX_LONG_LABELS

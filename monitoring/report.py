@@ -17,7 +17,13 @@ from monitoring.atomic import write_text_atomically
 from monitoring.comparison import Curve, write_comparison
 from monitoring.figure import build_figure
 from monitoring.goodput import Goodput, compute_goodput
-from monitoring.incidents import collect_incidents, short_count, sum_up
+from monitoring.incidents import (
+    collect_incidents,
+    in_words,
+    returned_samples,
+    short_count,
+    sum_up,
+)
 from monitoring.records import Record, RunRecords, integer, number, read_run, sample_range
 
 __all__ = ["REPORT_FILE", "Curve", "write_comparison", "write_report"]
@@ -63,9 +69,9 @@ def page_content(run: RunRecords) -> dict[str, object]:
         "created_utc": run.created_utc[:19].replace("T", " "),
         "verdict": sum_up(run, incidents, goodput),
         "facts": _facts(run, goodput),
-        "figure": build_figure(run),
+        "figure": build_figure(run, incidents),
         "has_metrics": bool(run.metrics),
-        "incidents": [_incident_row(row) for row in incidents],
+        "incidents": _incident_rows(incidents),
         "goodput_rows": _goodput_rows(goodput),
         "wall": duration(goodput.wall_seconds),
         "checkpoints": _checkpoint_rows(run),
@@ -116,20 +122,39 @@ def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
+def _incident_rows(incidents: list[Record]) -> list[Mapping[str, object]]:
+    """One row an attempt; `is_first` where an incident begins."""
+    known: set[object] = set()
+    rows: list[Mapping[str, object]] = []
+    for incident in incidents:
+        is_first = incident["incident"] not in known
+        known.add(incident["incident"])
+        rows.append({**_incident_row(incident), "is_first": is_first})
+    return rows
+
+
 def _incident_row(row: Record) -> Mapping[str, object]:
-    skip = sample_range(row)
-    seconds = number(row, "seconds")
-    target = row.get("target_checkpoint") or row.get("target_step") or row.get("to_step")
+    skip, back = sample_range(row), returned_samples(row)
+    seconds, scale = number(row, "seconds"), number(row, "lr_scale")
+    target = None
+    if row.get("is_rewind") or row.get("state") == "observed":
+        target = row.get("target_checkpoint") or row.get("target_step") or row.get("to_step")
+    onset, found = row.get("onset_step"), row.get("detected_step", row.get("from_step"))
+    start, stop = (back[1], back[2]) if back else skip or (0, 0)
+    code = str(row.get("code") or "")
     return {
         "id": row["incident"],
-        "step": _text(row.get("detected_step", row.get("from_step"))),
-        "verdict": _text(row.get("verdict")),
-        "target": Path(str(target)).name if target is not None else "\u2013",
-        "skip": f"[{skip[0]:,}, {skip[1]:,})" if skip else "\u2013",
-        "num_samples": f"{integer(row, 'num_skipped_samples') or 0:,}",
-        "reason": _text(row.get("reason")),
+        "attempt": row["attempt"],
+        "rung": in_words(row.get("rung") or "rewind"),
+        "step": _text(found) if onset in (None, found) else f"{_text(onset)} \u2192 {_text(found)}",
+        "verdict": str(row.get("verdict") or ""),
+        "target": Path(str(target)).name if target else "\u2013",
+        "skip": f"[{start:,}, {stop:,})" if stop > start else "\u2013",
+        "num_samples": f"{start - stop if back else stop - start:,}",
+        "lr": "\u2013" if scale in (None, 1.0) else f"\u00d7 {scale:g}",
+        "reason": f"{code}: {row.get('reason')}" if code else _text(row.get("reason")),
+        "state": row["state"],
         "seconds": "\u2013" if seconds is None else f"{seconds:.2f} s",
-        "is_done": bool(row.get("is_done")),
     }
 
 

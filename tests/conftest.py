@@ -1,7 +1,8 @@
-"""Fixtures of all tests: composed configs."""
+"""Fixtures of all tests: composed configs, a disk that does not wait."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ from train.settings import RunConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONF = ROOT / "conf"
+
+
+@pytest.fixture
+def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for the disk: no test of one process can see the difference."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """How tests run the product: the real command line, and forked ranks that are cheap to start.
 
 `command` is what a user types, in new processes. `Launch` forks ranks from a server that has torch
-loaded already (a second instead of five), gives them the environment that torchrun would, and can
-log the samples that a run consumes, slow it down, or kill it at a chosen place. All of that is done
-by patching inside the forked process: the product has no hooks.
+loaded already (a second instead of five) and gives them the environment that torchrun would. What
+is put into such a run is in `faults`; what it left behind is read by the functions at the end.
 """
 
 from __future__ import annotations
@@ -18,12 +17,13 @@ import sys
 import sysconfig
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, wraps
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from faults import Fault, install
 
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = str(ROOT / "train" / "main.py")
@@ -54,10 +54,26 @@ TINY = (
     "recovery.token_scale=1",
     "recovery.skip=10 batches",
     "recovery.margin=0 batches",
+    "recovery.announced_steps=2",  # the batch ramp is four steps long
+    "recovery.threshold_sigma=3",  # 20 steps are few to know the noise from
 )
 # Batches 20 to 23 are foreign: samples 144 to 175, since the ramp makes the first four half as big.
 BAD_DATA = ("chaos=bad_data", "chaos.start=20 batches", "chaos.length=4 batches")
 BAD_SAMPLES = range(144, 176)
+# Fourteen are foreign, and each attempt of this ladder skips too few of them but the last one.
+LADDER = (
+    *TINY,
+    "recovery=ladder",
+    "recovery.ladder=[replay,skip,skip_further,cool]",
+    "recovery.skip=2 batches",
+    "recovery.rewind_steps=5",
+    "recovery.cool_steps=4",
+    "recovery.cooldown_steps=20",
+)
+LONG_BAD_DATA = (*BAD_DATA, "chaos.length=14 batches")
+ATTEMPTS = ("replay", "skip", "skip_further", "cool")
+# Good states of every third step lie in memory alone; on disk there are those of 0, 10, 20, ...
+MEMORY_FIRST = (*TINY, "checkpoint.interval_steps=10", "checkpoint.snapshot_interval_steps=3")
 
 _PRELOADED = ["harness", "train.main", "train.build", "torch._inductor", "monitoring.report"]
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -206,24 +222,6 @@ def _enter(
     sys.exit(code if isinstance(code, int) else 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """What is put into a forked run.
-
-    `samples`: where each rank logs the samples it consumes, as `NAME.rank`. `kill_at`: one of
-    `KILL_PLACES`, on `kill_rank`. `seconds_a_batch`: slows a run down, so that it can be killed.
-    `is_lonely`: making a process group, or asking for one, ends the process with code 99.
-    `full_disk`: during these batches, the disk of `run.dir` has no byte left.
-    """
-
-    samples: Path | None = None
-    kill_at: str | None = None
-    kill_rank: int = 0
-    seconds_a_batch: float = 0.0
-    is_lonely: bool = False
-    full_disk: range | None = None
-
-
 def start(
     arguments: Sequence[str],
     folder: Path,
@@ -252,160 +250,11 @@ def run(
 
 def _main(arguments: list[str], fault: Fault) -> int:
     sys.argv = [MAIN, *arguments]
-    _log_samples(fault)
-    if fault.is_lonely:
-        import train.build
-
-        train.build.join_world = lambda *_, **__: os._exit(99)  # type: ignore[assignment]
-    if fault.full_disk is not None:
-        disk = next(a for a in arguments if a.startswith("run.dir=")).partition("=")[2]
-        _fill_disk(Path(disk) / "ballast", fault.full_disk)
-    if fault.kill_at is not None and int(os.environ.get("RANK", "0")) == fault.kill_rank:
-        KILL_PLACES[fault.kill_at]()
+    run_dir = next(a for a in arguments if a.startswith("run.dir=")).partition("=")[2]
+    install(fault, Path(run_dir))
     from train.main import main
 
     return main()
-
-
-def _log_samples(fault: Fault) -> None:
-    from train.data.stream import SampleStream
-    from train.recovery.rewind import Rewinder
-
-    rank = os.environ.get("RANK", "0")
-
-    def note(record: Mapping[str, object]) -> None:
-        if fault.samples is not None:
-            with Path(f"{fault.samples}.{rank}").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    original_at = SampleStream.at
-
-    def at(self: SampleStream, cursor: int, num_samples: int) -> Any:
-        time.sleep(fault.seconds_a_batch)
-        batch = original_at(self, cursor, num_samples)
-        note({"rewind": False, "cursor": cursor, "samples": batch.indices.tolist()})
-        return batch
-
-    original_finish = Rewinder._finish
-
-    def finish(self: Rewinder, intent: Any) -> Any:
-        result = original_finish(self, intent)
-        note({"rewind": True, "skip": list(intent.skip)})
-        return result
-
-    SampleStream.at = at  # type: ignore[method-assign]
-    Rewinder._finish = finish  # type: ignore[method-assign]
-
-
-def _fill_disk(ballast: Path, batches: range) -> None:
-    from train.data.stream import SampleStream
-
-    original = SampleStream.at
-    batch = 0
-
-    def at(self: SampleStream, cursor: int, num_samples: int) -> Any:
-        nonlocal batch
-        batch += 1
-        if batch in batches:
-            # Again before each batch, since whoever fails to write may free what it had written.
-            with ballast.open("ab", buffering=0) as file, suppress(OSError):
-                while file.write(b"\0" * 4096):
-                    pass
-        elif batch == batches.stop:
-            ballast.unlink()
-        return original(self, cursor, num_samples)
-
-    SampleStream.at = at  # type: ignore[method-assign]
-
-
-def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _kill_at_journal(phase: str, moment: str) -> Callable[[], None]:
-    """Return a patch that kills before, after, or in the middle of writing a record."""
-
-    def install() -> None:
-        from train.recovery.journal import Journal
-
-        original = Journal.append
-
-        def append(self: Journal, incident: Any) -> None:
-            if incident.phase != phase:
-                return original(self, incident)
-            before = self.path.stat().st_size if self.path.exists() else 0
-            if moment == "before":
-                _die()
-            original(self, incident)
-            if moment == "torn":
-                whole = self.path.stat().st_size
-                os.truncate(self.path, before + (whole - before) // 2)
-            return _die()
-
-        Journal.append = append  # type: ignore[method-assign]
-
-    return install
-
-
-def _kill_after(module: str, name: str, method: str) -> Callable[[], None]:
-    """Return a patch that kills once `method` has been called inside a rewind."""
-
-    def install() -> None:
-        from importlib import import_module
-
-        from train.recovery.rewind import Rewinder
-
-        owner = getattr(import_module(module), name)
-        original, original_finish = getattr(owner, method), Rewinder._finish
-        is_rewinding = False
-
-        @wraps(original)
-        def patched(self: Any, *arguments: Any) -> Any:
-            result = original(self, *arguments)
-            if is_rewinding:
-                _die()
-            return result
-
-        def finish(self: Any, intent: Any) -> Any:
-            nonlocal is_rewinding
-            is_rewinding = True
-            return original_finish(self, intent)
-
-        setattr(owner, method, patched)
-        Rewinder._finish = finish  # type: ignore[method-assign]
-
-    return install
-
-
-def _kill_in_save(step: int) -> Callable[[], None]:
-    """Return a patch that kills when the tensors of a checkpoint are written, but nothing else."""
-
-    def install() -> None:
-        from train.engines.torch_engine import TorchEngine
-
-        original = TorchEngine.save
-
-        def save(self: TorchEngine, folder: Path) -> None:
-            original(self, folder)
-            if f"step-{step:08d}" in folder.name:
-                _die()
-
-        TorchEngine.save = save  # type: ignore[method-assign]
-
-    return install
-
-
-_STORE = ("train.checkpoint.store", "CheckpointStore")
-KILL_PLACES: dict[str, Callable[[], None]] = {
-    "before_intent": _kill_at_journal("intent", "before"),
-    "torn_intent": _kill_at_journal("intent", "torn"),
-    "after_intent": _kill_at_journal("intent", "after"),
-    "after_load": _kill_after(*_STORE, "load"),
-    "after_quarantine": _kill_after(*_STORE, "quarantine"),
-    "torn_done": _kill_at_journal("done", "torn"),
-    "after_done": _kill_at_journal("done", "after"),
-    "in_save_of_step_20": _kill_in_save(20),
-}
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -432,10 +281,68 @@ def losses_by_clock(folder: Path) -> dict[int, float]:
     return losses
 
 
+def losses_by_step(folder: Path, from_step: int = 0) -> dict[int, float]:
+    """Return the losses of the surviving lineage: of each step, the last time that it was run."""
+    losses = {record["step"]: record["loss_nats"] for record in metrics(folder)}
+    return {step: loss for step, loss in sorted(losses.items()) if step > from_step}
+
+
+def journal(folder: Path) -> list[dict[str, Any]]:
+    """Return all whole records of the journal, without what differs between any two runs."""
+    found = records(folder / "journal.jsonl")
+    return [{k: v for k, v in record.items() if k not in ("time", "crc")} for record in found]
+
+
 def incidents(folder: Path) -> list[dict[str, Any]]:
-    """Return the finished incidents of the journal, without what differs between any two runs."""
-    done = [record for record in records(folder / "journal.jsonl") if record["phase"] == "done"]
-    return [{k: v for k, v in record.items() if k not in ("time", "crc")} for record in done]
+    """Return the finished rewinds of the journal, without what differs between any two runs."""
+    return [r for r in journal(folder) if r["phase"] == "done" and r["target_checkpoint"]]
+
+
+def rungs(folder: Path) -> list[str]:
+    """Return what was done in a run, in order, apart from refused updates."""
+    done = [record for record in journal(folder) if record["phase"] == "done"]
+    return [record["rung"] for record in done if record["rung"] != "veto"]
+
+
+def lineage(samples: Path, rank: int = 0) -> list[int]:
+    """Return the samples of the surviving lineage, in the order in which they were trained on.
+
+    A batch that begins at a cursor replaces all that was trained on from there on before.
+    """
+    batches: list[dict[str, Any]] = []
+    for record in records(Path(f"{samples}.{rank}")):
+        if record["kind"] == "batch":
+            while batches and batches[-1]["cursor"] >= record["cursor"]:
+                batches.pop()
+            batches.append(record)
+    return [sample for batch in batches for sample in batch["samples"]]
+
+
+def sequence(
+    num_samples: int,
+    skips: Iterable[Sequence[int]],
+    returns: Iterable[Sequence[int]] = (),
+) -> list[int]:
+    """Return what a run has to train on, by the plainest means: lists.
+
+    `skips`: `[start, stop)` in positions; `returns`: (position, start, stop), in order.
+    """
+    order = list(range(4 * num_samples))
+    skipped: set[int] = set()
+    for position, start, stop in returns:
+        order[position:position] = order[start:stop]
+    for start, stop in skips:
+        skipped.update(range(start, stop))
+    kept = [sample for position, sample in enumerate(order) if position not in skipped]
+    return kept[:num_samples]
+
+
+def assert_trained_once(folder: Path, samples: Path, rank: int = 0) -> None:
+    """Assert that the surviving lineage is the sequence without the journal's skips, each once."""
+    done = [record for record in journal(folder) if record["phase"] == "done"]
+    trained = lineage(samples, rank)
+    returns = [record["returned"] for record in done if record["returned"]]
+    assert trained == sequence(len(trained), [record["skip"] for record in done], returns)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -501,3 +408,28 @@ def wait_for_step(launch: Launch, folder: Path, step: int, *, attempt: int) -> N
         time.sleep(0.005)
     launch.kill()
     raise TimeoutError(f"step {step} never came\n{launch.output()}")
+
+
+def ask(folder: Path, name: str, **fields: object) -> None:
+    """Leave an operator's request, as `trimtab rewind`, `skip` and `unskip` do."""
+    requests = folder / "control" / "requests"
+    requests.mkdir(parents=True, exist_ok=True)
+    draft = requests / f".{name}"
+    draft.write_text(json.dumps({"operator": "a test", **fields}))
+    draft.rename(requests / f"{name}.json")
+
+
+def answer(folder: Path, name: str) -> dict[str, Any] | None:
+    """Return the answer to a request, None if there is none; an answered one is off the list."""
+    path = folder / "control" / "answers" / f"{name}.json"
+    if not path.exists():
+        return None
+    assert not (folder / "control" / "requests" / f"{name}.json").exists()
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def callback_states(checkpoint: Path) -> dict[str, Any]:
+    """Return what the callbacks, the detector among them, keep in a checkpoint."""
+    loaded: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())["callbacks"]
+    return loaded

@@ -113,13 +113,18 @@ class Rewind(Action):
 class Stop(Action):
     """End the run; `needs_save` asks for a last checkpoint, `is_failure` for exit code 3.
 
-    `code` says in one word why, for launchers and dashboards.
+    `code` says in one word why, for launchers and dashboards; the rest is for the journal.
     """
 
     reason: str
     needs_save: bool
     is_failure: bool = False
     code: str = ""
+    rule: str = ""
+    incident: int = 0
+    verdict: str = ""
+    onset_step: int = 0
+    detected_step: int = 0
 
 
 _SEVERITY: tuple[type[Action], ...] = (Continue, Note, Save, Unskip, Skip, Rewind, Stop)

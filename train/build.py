@@ -165,7 +165,6 @@ def _assemble(
         returns=returns,
     )
     capsules = Capsules(folder.incidents, engine=engine, stream=stream, corpus=corpus, world=world)
-    length = config.data.sequence_length
     callbacks = _callbacks(
         config,
         tracking=lambda: _tracking(config, node, world, folder, engine, process_start_time),
@@ -194,18 +193,30 @@ def _assemble(
             world=world,
             recorder=capsules,
         ),
-        inbox=Inbox(
-            folder.control,
-            tiers=tiers,
-            schedule=schedule,
-            history=history,
-            ledger=ledger,
-            sequence_length=length,
-            world=world,
-        ),
+        inbox=_inbox(config, folder, tiers, schedule, history, ledger, world),
         last_step=config.run.steps,
         saves_at_start=config.checkpoint.save_at_start,
         saves_at_end=config.checkpoint.save_at_end,
+    )
+
+
+def _inbox(
+    config: RunConfig,
+    folder: RunFolder,
+    tiers: Tiers,
+    schedule: Schedule,
+    history: RecoveryHistory,
+    ledger: SkipLedger,
+    world: World,
+) -> Inbox:
+    return Inbox(
+        folder.control,
+        tiers=tiers,
+        schedule=schedule,
+        history=history,
+        ledger=ledger,
+        sequence_length=config.data.sequence_length,
+        world=world,
     )
 
 

@@ -1,9 +1,9 @@
 """Faults that are put into a run on purpose. Called by `build.py` and by a replay, by no one else.
 
-The product has no hooks for them: a fault is a wrapper of the part that would have it in real life,
-of the schedule, the samples or the engine. What is keyed by the *step* or by the data comes again
-after a rewind, as a wrong setting or a bad shard does. What is keyed by the run's *clock* comes once
-and never again, neither after a rewind nor after a restart, as failing hardware does.
+The product has no hooks for them: a fault is a wrapper of the part that would have it in real
+life, of the schedule, the samples or the engine. What is keyed by the *step* or by the data comes
+again after a rewind, as a wrong setting or a bad shard does. What is keyed by the run's *clock*
+comes once, as failing hardware does: neither a rewind nor a later restart brings it back.
 """
 
 from __future__ import annotations

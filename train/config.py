@@ -252,6 +252,13 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                 f"recovery.ladder: {rung} is no attempt; use some of "
                 f"{', '.join(sorted(LADDER_RUNGS))}, in the order in which they are tried"
             )
+        cannot_refuse = config.engine.kind is EngineKind.DEEPSPEED
+        if recovery.rule is Rule.SKIP_STEP and (recovery.veto is Veto.OFF or cannot_refuse):
+            where = "engine=deepspeed" if cannot_refuse else "recovery.veto=off"
+            yield (
+                f"recovery.rule=skip_step only ever refuses updates, and {where} refuses none; use "
+                "recovery=ladder"
+            )
         if recovery.rule in (Rule.LADDER, Rule.OBSERVE) and not rungs:
             yield "recovery.ladder is empty; name at least one attempt, or use recovery=skip_step"
         if recovery.max_flagged_steps <= recovery.persistence_steps:
@@ -286,6 +293,16 @@ def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
                 f"chaos.start={chaos.start} lies behind the last step, run.steps="
                 f"{config.run.steps}: it would never strike; set it earlier"
             )
+    if chaos.kind is ChaosKind.BIT_FLIP and config.engine.kind is EngineKind.DEEPSPEED:
+        yield (
+            "chaos.kind=bit_flip is impossible with engine=deepspeed: it keeps copies of the "
+            "weights of its own, which would undo the flip; use engine=ddp or fsdp"
+        )
+    if chaos.kind in (ChaosKind.LR_SHOCK, ChaosKind.SLOW_DIVERGENCE) and chaos.factor == 1:
+        yield (
+            f"chaos.factor=1 changes no learning rate, and chaos.kind={chaos.kind} is nothing "
+            "else; set a factor, or chaos=none"
+        )
     if chaos.rank >= world_size:
         yield (
             f"chaos.rank={chaos.rank} is no rank of {world_size}; use 0 to {world_size - 1}, or "

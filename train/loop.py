@@ -133,7 +133,7 @@ def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipelin
 
 def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
     """Do what an operator has asked for, in order. A collective."""
-    for request in run.inbox.collect(state):
+    while (request := run.inbox.next_request(state)) is not None:
         state = _perform(run, state, request.action, reports)
         done = run.history.records[-1]
         run.inbox.answer(

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from launch.cluster import ClusterConfig
 from monitoring.trackers import TrackerConfig
@@ -246,6 +246,12 @@ class EngineSettings:
     deepspeed: dict[str, object]
 
 
+def _none_or_several(value: int) -> int:
+    if value < 0 or value == 1:
+        raise ValueError("expected 0, or at least 2: one that is good and one that is to be")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSettings:
     """`checkpoint`: when to save, when to trust, what to keep."""
@@ -255,7 +261,7 @@ class CheckpointSettings:
     good_after_steps: Count
     keep_good: Annotated[int, Field(ge=2)]
     keep_incidents: NonNegative
-    keep_snapshots: NonNegative
+    keep_snapshots: Annotated[int, AfterValidator(_none_or_several)]
     snapshot_interval_steps: Count | None
     save_at_start: bool
     save_at_end: bool

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_names import kind_and_stage
 from harness import Launch
 
 Results = list[dict[str, Any]]
@@ -54,16 +54,3 @@ def conformance(ask: Ask) -> Callable[[str, int], Results]:
         return ask("conformance", f"{engine}-{num_ranks}", num_ranks, *kind_and_stage(engine))
 
     return ask_it
-
-
-def kind_and_stage(engine: str) -> tuple[str, int]:
-    """Return what `deepspeed-zero1` and its like mean; skip where it is not installed."""
-    kind, _, stage = engine.partition("-zero")
-    need(kind)
-    return kind, int(stage or 2)
-
-
-def need(kind: str) -> None:
-    """Skip, visibly, what needs DeepSpeed where it is not installed."""
-    if kind == "deepspeed" and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed; pip install 'trimtab[deepspeed]'")

@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_tasks import LR, base_config, batch, one_step, poisoned_gradient, results, with_engine
+from engine_tasks import (
+    LR,
+    base_config,
+    batch,
+    one_step,
+    own_rows,
+    poisoned_gradient,
+    results,
+    with_engine,
+)
+from torch.distributed.tensor import DTensor
 
 from train.distributed import World, join_world
 from train.engines.build import build_engine
 from train.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from train.settings import EngineKind, Precision, RunConfig, Veto
+from train.signals import LOSS, Gate
 
 NUM_STEPS = 4
 
@@ -42,6 +54,9 @@ def snapshots(
     device: str = "cpu",
 ) -> None:
     """Go back from several states, bit for bit."""
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     config = with_engine(
         base_config(device=device),
         kind=EngineKind(kind),
@@ -60,6 +75,8 @@ def snapshots(
         # Twice, and after an evaluation, which can leave gathered parameters behind.
         for label in ("once", "twice"):
             engine.evaluate(batch(1000))
+            parameters = engine.model.parameters()
+            found["holds_parts"] = all(isinstance(each, DTensor) for each in parameters)
             engine.restore(later)
             found[label] = {
                 "digest": engine.state_digest() == first[-1],
@@ -81,6 +98,11 @@ def snapshots(
         found["healed"] = _healed(engine, world, reused, first[-1], onwards)
         found["refused"] = _refused(engine, reused)
         engine.restore(later)
+        if world.rank == 0:  # alone: a collective would wait for the others, or be taken for theirs
+            engine.snapshot(reuse=engine.snapshot())
+            engine.restore(later)
+            engine.state_digest()
+            engine.recent_sample_losses()
         found["last"] = _train(engine, world, NUM_STEPS) == onwards
 
 
@@ -156,10 +178,33 @@ def digests(folder: str, name: str, kind: str) -> None:
         found["is_untouched"] = engine.state_digest() == found["digests"][0]
 
 
+def without_host_sync(folder: str, name: str) -> None:
+    """Step and take snapshots on a GPU, with every wait of the host an error."""
+    config = with_engine(base_config(device="cuda"), kind=EngineKind.SINGLE)
+    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+        engine = build_engine(config, world)
+        snapshot = engine.snapshot()
+        snapshot.wait()
+        one_step(engine, world, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        vectors = []
+        for step in range(1, 4):
+            rows = own_rows(world, step)
+            vectors.append(engine.step(rows, num_tokens=rows[:, 1:].size, lr=LR, gate=Gate()))
+            snapshot = engine.snapshot(reuse=snapshot)
+        torch.cuda.set_sync_debug_mode("default")
+        losses = [float(vector[LOSS]) for vector in vectors]
+        found["num_steps"] = sum(math.isfinite(loss) for loss in losses)
+
+
 def unsupported(folder: str, name: str, settings: str) -> None:
     """Ask DeepSpeed for a snapshot with settings that rule it out."""
     config: RunConfig = with_engine(
-        base_config(), kind=EngineKind.DEEPSPEED, deepspeed=json.loads(settings)
+        base_config(),
+        kind=EngineKind.DEEPSPEED,
+        zero_stage=1,
+        precision=Precision.BF16,
+        deepspeed=json.loads(settings),
     )
     with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
         engine = build_engine(config, world)

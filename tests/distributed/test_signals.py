@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import kind_and_stage
+from engine_names import kind_and_stage
 
 ENGINES = (
     ("single", 1),

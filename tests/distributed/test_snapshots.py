@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from conftest import kind_and_stage
+from engine_names import kind_and_stage
 
 ENGINES = (
     ("single", 1),
@@ -43,7 +43,15 @@ def test_same_steps_after_a_restore_are_bit_equal(
         for label in ("once", "twice"):
             assert rank[label]["digest"], "the state is that of the snapshot"
             assert rank[label]["steps"], "losses, norms and the state after them"
-        assert rank["last"], "and again, after all that the other tests did"
+
+
+@every_precision
+@every_engine
+def test_one_rank_alone_can_take_and_restore_a_snapshot(
+    engine: str, num_ranks: int, precision: str, ask: Ask
+) -> None:
+    for rank in answers(ask, engine, num_ranks, precision):
+        assert rank["last"], "the ranks are still in step, and where they were"
 
 
 @every_precision
@@ -62,6 +70,12 @@ def test_evaluation_after_a_restore_sees_the_restored_parameters(
 ) -> None:
     for rank in answers(ask, engine, num_ranks, precision):
         assert rank["evaluation_differs"] and rank["evaluation_is_same"]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_fsdp_holds_no_whole_parameters_after_an_evaluation(num_ranks: int, ask: Ask) -> None:
+    for rank in answers(ask, "fsdp", num_ranks, "fp32"):
+        assert rank["holds_parts"]
 
 
 @every_precision
@@ -120,16 +134,26 @@ def test_zero3_that_keeps_no_parameter_gathered_goes_back_bit_for_bit(
         assert rank["healed"] == [True, True, True]
 
 
-def test_deepspeed_says_which_setting_rules_snapshots_out(ask: Ask) -> None:
-    kind_and_stage("deepspeed-zero2")
-    settings = json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-    for rank in ask("snapshot_tasks:unsupported", "unsupported", 1, settings):
+@pytest.mark.parametrize(
+    ("settings", "obstacle"),
+    [
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            "engine.deepspeed.zero_optimization.offload_optimizer",
+        ),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "DeepSpeed's optimizer BF16_Optimizer"),
+    ],
+    ids=["offload", "another_optimizer"],
+)
+def test_deepspeed_says_what_rules_snapshots_out(
+    settings: dict[str, Any], obstacle: str, ask: Ask
+) -> None:
+    kind_and_stage("deepspeed-zero1")
+    name = f"unsupported-{next(iter(settings))}"
+    for rank in ask("snapshot_tasks:unsupported", name, 1, json.dumps(settings)):
         assert rank["can_snapshot"] is False and rank["state_bytes"] == 0
-        key = "engine.deepspeed.zero_optimization.offload_optimizer"
-        assert (
-            f"{key}: it keeps state where a snapshot in host memory would miss it"
-            in (rank["error"])
-        )
+        expected = f"{obstacle}: it keeps state where a snapshot in host memory would miss it"
+        assert expected in rank["error"]
 
 
 @every_torch_engine

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import BAD_DATA, TINY, Fault, run
+from harness import BAD_DATA, LADDER, LONG_BAD_DATA, MEMORY_FIRST, TINY, Fault, run
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,15 @@ class Reference:
     output: str
 
 
-def _reference(folder: Path, arguments: tuple[str, ...], num_ranks: int = 1) -> Reference:
+Oracle = Callable[..., Reference]
+
+
+def _reference(
+    folder: Path, arguments: tuple[str, ...], num_ranks: int = 1, **fault: object
+) -> Reference:
     samples = folder.parent / f"{folder.name}.samples"
-    result = run(arguments, folder, num_ranks=num_ranks, fault=Fault(samples=samples)).expect(0)
+    faults = Fault(samples=samples, **fault)  # type: ignore[arg-type]
+    result = run(arguments, folder, num_ranks=num_ranks, fault=faults).expect(0)
     return Reference(folder=folder, samples=samples, output=result.output)
 
 
@@ -47,3 +54,44 @@ def recovered_single(runs: Path) -> Reference:
 @pytest.fixture(scope="session")
 def recovered_ddp(runs: Path) -> Reference:
     return _reference(runs / "recovered-ddp", (*TINY, *BAD_DATA), num_ranks=2)
+
+
+@pytest.fixture(scope="session")
+def recovered_from_memory(runs: Path) -> Reference:
+    """It went back to a state that was in memory alone."""
+    return _reference(runs / "recovered-from-memory", (*MEMORY_FIRST, *BAD_DATA))
+
+
+@pytest.fixture(scope="session")
+def climbed_single(runs: Path) -> Reference:
+    """It took all attempts of the ladder to get past the bad data."""
+    return _reference(runs / "climbed-single", (*LADDER, *LONG_BAD_DATA))
+
+
+@pytest.fixture(scope="session")
+def climbed_ddp(runs: Path) -> Reference:
+    return _reference(runs / "climbed-ddp", (*LADDER, *LONG_BAD_DATA), num_ranks=2)
+
+
+@pytest.fixture(scope="session")
+def oracle(runs: Path) -> Oracle:
+    """Return a function that makes a run which never met `skips`: they are in its ledger from the
+    first step on, so there was nothing to recover from. `cooled`: a cooling it has from the start.
+    """
+    made: dict[object, Reference] = {}
+
+    def make(
+        arguments: tuple[str, ...],
+        skips: tuple[tuple[int, int], ...],
+        *,
+        num_ranks: int = 1,
+        cooled: tuple[float, int, int, int] | None = None,
+    ) -> Reference:
+        key = (arguments, skips, num_ranks, cooled)
+        if key not in made:
+            folder = runs / f"oracle-{len(made)}"
+            faults = {"never_sees": skips, "cooled": cooled}
+            made[key] = _reference(folder, arguments, num_ranks, **faults)
+        return made[key]
+
+    return make

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from train.events import Callback, CallbackPhase, RunStart
 from train.recovery.detector import SpikeDetector, Verdict
 from train.recovery.history import RecoveryHistory
+from train.recovery.journal import Incident
 from train.schedule import Schedule
 from train.settings import RecoverySettings, Veto
 from train.signals import Gate, StepReport
+from train.state import TrainState
 
 
 class SpikeDetection(Callback):
@@ -37,6 +39,12 @@ class SpikeDetection(Callback):
         """After a resume, the loss must go on where it was."""
         if start.is_resumed and start.is_sound:
             self._detector.resumed()
+        self._announce_after(start.state.step)
+
+    def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
+        """A rewind may have cooled the learning rate."""
+        del incident, seconds
+        self._announce_after(state.step)
 
     def gate(self) -> Gate | None:
         """Refuse outliers on the device, if the config says so and the budget is not used up."""
@@ -49,9 +57,7 @@ class SpikeDetection(Callback):
         """Return the verdict of a step."""
         signals = report.signals
         step = report.state.step
-        if self._is_announced(step):
-            self._detector.announce(step)
-        return self._detector.update(
+        verdict = self._detector.update(
             step,
             signals.loss_nats,
             signals.grad_norm,
@@ -59,6 +65,17 @@ class SpikeDetection(Callback):
             group_norms=signals.group_norms,
             nonfinite_share=signals.nonfinite_share,
         )
+        self._announce_after(step)
+        return verdict
+
+    def _announce_after(self, step: int) -> None:
+        """Announce what is known of the next steps, before their gates are set.
+
+        Two of them: when the report of a step is read, the gate of the next one is set already.
+        """
+        for ahead in (step + 1, step + 2):
+            if self._is_announced(ahead):
+                self._detector.announce(ahead)
 
     def _is_announced(self, step: int) -> bool:
         """True if a change that is known beforehand takes effect in the update `step`."""

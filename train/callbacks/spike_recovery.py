@@ -79,7 +79,15 @@ class SpikeRecovery(Callback):
             return self._note(decision, verdict, report)
         if isinstance(decision, GiveUp):
             return Stop(
-                reason=decision.reason, needs_save=False, is_failure=True, code=decision.code
+                reason=decision.reason,
+                needs_save=False,
+                is_failure=True,
+                code=decision.code,
+                rule=str(self._settings.rule),
+                incident=decision.incident,
+                verdict=str(verdict.kind),
+                onset_step=verdict.onset_step,
+                detected_step=verdict.step,
             )
         return self._rewind(decision, verdict)
 
@@ -91,7 +99,9 @@ class SpikeRecovery(Callback):
             target=target.name,
             target_step=target.step,
             skip_from=target.cursor,
-            skip_amount=round(self._samples(amount, target.step) * decision.skip_factor),
+            skip_amount=0
+            if decision.rung is Rung.REPLAY
+            else max(1, round(self._samples(amount, target.step) * decision.skip_factor)),
             margin=self._samples(self._settings.scaled(self._settings.margin), verdict.step),
             rule=str(self._settings.rule),
             rung=decision.rung,

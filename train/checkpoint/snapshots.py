@@ -36,7 +36,11 @@ class _Slot:
 
 
 class SnapshotRing:
-    """The last `size` snapshots of one run; the youngest good one is never given up for others."""
+    """The last `size` snapshots of one run, 2 or more, or none.
+
+    Neither the youngest good one nor the one that will be good next is given up for another, so
+    snapshots may come further apart than they were asked for.
+    """
 
     def __init__(self, engine: Engine, world: World, *, size: int) -> None:
         self._engine = engine
@@ -65,8 +69,12 @@ class SnapshotRing:
         self._give_up([slot for slot in self._slots if slot.info.name == name])
         if len(self._slots) >= self._size:
             good = [slot for slot in self._slots if slot.info.health is Health.GOOD]
-            expendable = [slot for slot in self._slots if not good or slot is not good[-1]]
-            self._give_up((expendable or self._slots)[:1])
+            candidates = [slot for slot in self._slots if slot not in good]
+            # The oldest candidate is the next good one: without it, none would ever become good.
+            expendable = good[:-1][:1] or candidates[1:][-1:]
+            if not expendable and good and candidates:
+                return 0.0
+            self._give_up(expendable or self._slots[:1])
         tensors = self._engine.snapshot(self._spare.pop() if self._spare else None)
         info = CheckpointInfo(
             name=name,

@@ -219,21 +219,27 @@ class CheckpointStore:
 
         If that cannot be written, it holds for this process; a restart calls it good again later.
         """
-        try:
-            self._set_health(info.name, Health.GOOD, "")
-        except OSError as error:
-            logger.warning("the health of %s could not be written (%s)", info.name, error)
+        self._set_health(info.name, Health.GOOD, "")
 
     def quarantine(self, name: str, reason: str) -> None:
-        """Never load a checkpoint again. Called on all ranks; no collective."""
+        """Never load a checkpoint again. Called on all ranks; no collective.
+
+        If that cannot be written, it holds for this process; the journal says it to the next one.
+        """
         self._set_health(name, Health.QUARANTINED, reason)
 
     def _set_health(self, name: str, health: Health, reason: str) -> None:
+        known = {info.name: info.health for info in self._catalogue}
+        if known.get(name) in (None, health):
+            return
         self._catalogue = [
             replace(info, health=health) if info.name == name else info for info in self._catalogue
         ]
         if self._world.is_main and (self.folder / name).exists():
-            write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
+            try:
+                write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
+            except OSError as error:
+                logger.warning("the health of %s could not be written (%s)", name, error)
 
     def _retain(self) -> None:
         """Delete what is not needed. Called on all ranks; no collective.
@@ -260,7 +266,10 @@ class CheckpointStore:
             if self._world.is_main:
                 # Renamed first: a kill in the middle leaves nothing that looks whole.
                 doomed = self.folder / f".saving-old-{info.name}"
-                info.path.rename(doomed)
+                try:
+                    info.path.rename(doomed)
+                except OSError as error:
+                    logger.warning("%s could not be removed (%s)", info.path, error)
                 shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -32,11 +34,15 @@ class FsdpEngine(TorchEngine):
         self._module.set_requires_gradient_sync(is_last)
         yield
 
-    def forget_whole_parameters(self) -> None:
-        """Drop gathered parameters: after an evaluation, the outermost module still holds its own.
+    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+        """See `Engine.evaluate`; between steps, the model holds parts of parameters alone.
 
-        The next forward would use them as they are.
+        After a forward without a backward, the outermost module would keep its own whole, and the
+        next forward would use them as they were, whatever a restore has put into the parts.
         """
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        try:
+            return super().evaluate(rows)
+        finally:
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()

@@ -57,7 +57,10 @@ class HostSnapshot:
         return sum(slab.numel() for slab in self.slabs)
 
     def checksums(self) -> list[int]:
-        """Return one checksum a slot; waits until the copy is done and summed."""
+        """Return one checksum a slot; waits until the copy is done and summed.
+
+        What changes between the end of the copy and that of the sum goes unseen.
+        """
         return self._checksums.result()
 
     def wait(self) -> None:

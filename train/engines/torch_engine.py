@@ -117,7 +117,6 @@ class TorchEngine:
             device=world.device,
         )
         self._sample_losses = SampleLosses()
-        # By name now: where it is sharded, the model holds whole ones at times.
         self._parameters = dict(model.named_parameters())
         self._copier = SnapshotCopier(world.device)
 
@@ -269,14 +268,10 @@ class TorchEngine:
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
         self._copier.put_back(snapshot, self._state_tensors())
-        self.forget_whole_parameters()
         lrs = snapshot.host_values["lr"]
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
         self._sample_losses.clear()
-
-    def forget_whole_parameters(self) -> None:
-        """Drop what was made of the parameters' parts; there is nothing unless they are sharded."""
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""

@@ -1,8 +1,8 @@
 """What is normal for a signal: its level, its noise, its slow trend. Numbers in, numbers out.
 
 Owns the detector's memory: sorted windows kept by insertion, so that a step costs microseconds.
-Refuses verdicts, clocks, I/O and everything but the standard library. Called by `detector` alone,
-on every rank with the same numbers; no collective.
+Refuses verdicts, clocks, I/O and everything but the standard library. Called by `detector` and
+`evidence`, on every rank with the same numbers; no collective.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ MIN_SIGMA = 0.004
 # Quartiles of n residuals are trusted as if the noise were 1 + 8 / n times larger: the first 16
 # steps of a run are its most changeable.
 _FEW_RESIDUALS = 8
-# A window's quartiles scatter by a sixth: the recent noise replaces a larger old one with a margin.
-_RECENT_MARGIN = 1.2
-_SWING_MARGIN = 1.1
+# Quartiles and tenths of one window scatter by a sixth: they count with a margin.
+_MARGIN = 1.2
+# A cumulative sum of falls, each clipped and less a slack, beyond which the noise is learnt anew:
+# a loss that breaks out downwards is another regime.
+_FALL_CLIP, _FALL_SLACK, _FALL_LIMIT = 6.0, 1.5, 20.0
 # The extrapolated share of the fall between the two halves of the window: half a half-window is
 # what the median of the newest half lags behind.
 _LAG_SHARE = 0.5
@@ -36,8 +38,6 @@ def exp(log_value: float) -> float:
 
 class SortedWindow:
     """The last `length` values, in order of arrival and of size."""
-
-    __slots__ = ("arrivals", "length", "ordered")
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -85,9 +85,6 @@ class RobustBaseline:
     recent swings *below* the level if larger: spikes go up, so what goes down is noise.
     """
 
-    __slots__ = ("_newest", "_older", "_recent", "_residuals", "_swings", "floor", "level")
-    __slots__ += ("noise", "num_accepted", "sigma", "swing")
-
     def __init__(self, window: int, floor: float = MIN_SIGMA) -> None:
         half = max(2, window // 2)
         self._newest, self._older = SortedWindow(half), SortedWindow(half)
@@ -97,7 +94,7 @@ class RobustBaseline:
         self.num_accepted = 0
         self.level = 0.0
         self.sigma = self.noise = floor
-        self.swing = 0.0
+        self.swing = self.fall = 0.0
 
     def __len__(self) -> int:
         return len(self._newest.ordered) + len(self._older.ordered)
@@ -111,11 +108,16 @@ class RobustBaseline:
 
     def observe(self, log_value: float) -> None:
         """Note how far any value, accepted or not, lies from the level."""
-        swings = self._swings
-        swings.add(log_value - self.level)
+        swings, rise = self._swings, log_value - self.level
+        fall = self.fall + min(-rise / self.noise, _FALL_CLIP) - _FALL_SLACK
+        self.fall = fall if fall > 0 else 0.0
+        if fall > _FALL_LIMIT:
+            self.fall = 0.0
+            self.forget_noise(2 * _FEW_RESIDUALS)
+        swings.add(rise)
         ordered = swings.ordered
         if len(ordered) == swings.length:
-            self.swing = -_SWING_MARGIN * ordered[len(ordered) // 10] / _LOWEST_TENTH
+            self.swing = -_MARGIN * ordered[len(ordered) // 10] / _LOWEST_TENTH
             self.noise = max(self.sigma, self.swing)
 
     def accept(self, log_value: float) -> None:
@@ -160,7 +162,7 @@ class RobustBaseline:
             spread = self._residuals.spread()
             recent = self._recent
             if len(recent.ordered) == recent.length:
-                spread = min(spread, _RECENT_MARGIN * recent.spread())
+                spread = min(spread, _MARGIN * recent.spread())
             self.sigma = max(self.floor, spread * (1 + _FEW_RESIDUALS / count))
             self.noise = max(self.sigma, self.swing)
 
@@ -175,4 +177,44 @@ class RobustBaseline:
             "num_accepted": self.num_accepted,
             "sigma": self.sigma,
             "swing": self.swing,
+            "fall": self.fall,
         }
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take up the state of another instance; of another window, the newest that fits."""
+        self._newest.fill(numbers(state, "newest"))
+        self._older.fill(numbers(state, "older"))
+        self._residuals.fill(numbers(state, "residuals"))
+        self._recent.fill(numbers(state, "recent"))
+        self._swings.fill(numbers(state, "swings"))
+        self.num_accepted = int(number(state, "num_accepted"))
+        self.sigma = max(self.floor, number(state, "sigma"))
+        self.swing = number(state, "swing")
+        self.fall = number(state, "fall")
+        self.level, self.noise = 0.0, max(self.sigma, self.swing)
+        if self._newest.ordered:
+            self._refresh()
+
+
+def numbers(state: Mapping[str, object], key: str) -> list[float]:
+    """Return the list of floats under `key`; none if it is missing."""
+    values = state.get(key)
+    return [float(value) for value in values] if isinstance(values, Sequence) else []
+
+
+def number(state: Mapping[str, object], key: str) -> float:
+    """Return the number under `key`; 0 if it is missing."""
+    value = state.get(key)
+    return value if isinstance(value, (int, float)) else 0
+
+
+def optional_integer(state: Mapping[str, object], key: str) -> int | None:
+    """Return the whole number under `key`; None if it is missing."""
+    value = state.get(key)
+    return int(value) if isinstance(value, (int, float)) else None
+
+
+def part(state: Mapping[str, object], key: str) -> Mapping[str, object]:
+    """Return the mapping under `key`; an empty one if it is missing."""
+    value = state.get(key)
+    return value if isinstance(value, Mapping) else {}

@@ -119,19 +119,16 @@ class Capsules(Callback):
 
     def _own_evidence(self, intent: Incident, state: TrainState) -> _RankEvidence:
         losses: list[Losses] = []
+        device = "unknown"
         problem = None
         try:
+            device = device_name(self._world.device)
             recent = self._engine.recent_sample_losses()  # host sync
             count = last_steps(recent, state, intent.onset_step)
             losses = [np.array(step, dtype=np.float64) for step in recent[len(recent) - count :]]
         except Exception as error:  # noqa: BLE001 - the other ranks wait for an answer
             problem = f"{type(error).__name__}: {error}"[:300]
-        return _RankEvidence(
-            host=host_name(),
-            device=device_name(self._world.device),
-            losses=losses,
-            problem=problem,
-        )
+        return _RankEvidence(host=host_name(), device=device, losses=losses, problem=problem)
 
     def _assemble(
         self, intent: Incident, state: TrainState, answers: Sequence[_RankEvidence]
@@ -213,7 +210,7 @@ class Capsules(Callback):
                 {
                     "step": step.step,
                     "is_reported": step.is_reported,
-                    "loss_nats": float(step.losses_N.mean()),
+                    "loss_nats": float(step.losses.mean()),
                     "by_rank": [float(f"{mean:.6g}") for mean in step.by_rank()]
                     if is_short
                     else [],

@@ -46,8 +46,9 @@ class Request:
 
 
 class Inbox:
-    """The requests to one run. `is_waiting` costs nothing; `collect` and `answer` are collectives
-    in the sense that all ranks call them in the same order.
+    """The requests to one run.
+
+    `is_waiting` costs nothing; all ranks call `next_request` and `answer` in the same order.
     """
 
     def __init__(
@@ -89,23 +90,26 @@ class Inbox:
         """True on rank 0 if there is a request; no disk, no collective."""
         return self._has_request.is_set()
 
-    def collect(self, state: TrainState) -> list[Request]:
-        """Return what is asked for, oldest first; what cannot be done is answered at once."""
+    def next_request(self, state: TrainState) -> Request | None:
+        """Return the oldest request that can be carried out now, or None if there is none.
+
+        What cannot be done is answered on the way. One at a time, since each is judged by what the
+        one before has left.
+        """
         found: list[tuple[str, Any]] = []
         if self._world.is_main:
             self._has_request.clear()
             found = [(path.stem, _read(path)) for path in self._paths()]
-        requests = []
         for name, fields in self._world.broadcast(found):
             if self._history.is_request_known(name):
                 self.answer(name, is_accepted=True, message="carried out before a restart")
                 continue
             try:
-                requests.append(Request(name=name, action=self._action(name, fields, state)))
+                return Request(name=name, action=self._action(name, fields, state))
             except RefusedRequestError as error:
                 logger.warning("request %s refused: %s", name, error)
                 self.answer(name, is_accepted=False, message=str(error))
-        return requests
+        return None
 
     def answer(self, name: str, *, is_accepted: bool, message: str) -> None:
         """Tell the operator, and take the request off the list. Writes on rank 0 alone."""
@@ -166,7 +170,9 @@ class Inbox:
         target = max(before, key=lambda info: (info.step, info.clock))
         amount = fields.get("amount")
         covers_all = amount == "seen"
-        samples = 1 if covers_all else self._samples(amount or "0 tokens", target.step)
+        samples = self._samples("0 tokens" if covers_all else amount or "0 tokens", target.step)
+        if covers_all and state.cursor > target.cursor:
+            samples = 1  # and up to the present, since it is not exact
         return Rewind(
             target=target.name,
             target_step=target.step,

@@ -1,177 +1,81 @@
 """Loss-spike detector: numbers in, verdict out. Standard library alone; no torch, no clock, no I/O.
 
-What separates a spike from noise is persistence and the run's own noise, not height. Therefore:
-the level is the median, and the noise the MAD, of log values over *accepted* steps alone, so that
-a spike never enters its own baseline; one high step is an outlier, several within a few steps are
-a spike; and the lock-out is bounded: a level that holds for `max_flagged_steps` is accepted as a
-level shift, so a lasting change is never an endless spike.
+What separates a spike from noise is persistence and the run's own noise, not height. Therefore
+each step adds evidence, its deviation in robust standard deviations less a slack (Page's cumulative
+sum, Biometrika 41, 1954), and no step adds more than an outlier's worth:
 
-Every rank runs it on the same globally reduced numbers and so reaches the same verdict. Its state
-is part of every checkpoint and is rewound with the model: there is no blind period after a resume.
+    one outlier's worth                 outlier: veto the update at most
+    `persistence - 1/2` outliers' worth spike, if one step alone was an outlier
+    2.5 times as much                   spike, of steps that are outliers only together
+
+Accepted steps alone make the baseline, so that a spike never enters its own. The lock-out is
+bounded: a level that holds for `max_flagged_steps` is accepted, and after `max_vetoed_steps` the
+limits open. A rise inside the band is found over hundreds of steps (`SlowRise`).
+
+Every rank runs it on the same globally reduced numbers and so reaches the same verdict, without a
+collective. Its state is part of every checkpoint and is rewound with the model: there is no blind
+period after a resume.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from typing import Any
 
-# 1.4826 MAD estimates the standard deviation of normal noise.
-_MAD_TO_SIGMA = 1.4826
-# A run's logged loss moves by at least this share from step to step; guards against a zero MAD.
-_MIN_SIGMA = 0.004
-# Before there is a baseline, only a loss this many times the lowest so far is called absurd.
-_ABSURD_RATIO = 1.6
-
-
-class VerdictKind(StrEnum):
-    """What a step is."""
-
-    WARMUP = "warmup"
-    OK = "ok"
-    OUTLIER = "outlier"
-    SPIKE = "spike"
-    DIVERGENCE = "divergence"
-    LEVEL_SHIFT = "level_shift"
-    NONFINITE = "nonfinite"
-    SUSPICIOUSLY_LOW = "suspiciously_low"
-    RESUME_DISCONTINUITY = "resume_discontinuity"
-
-
-CALM_KINDS = frozenset({VerdictKind.OK, VerdictKind.WARMUP, VerdictKind.LEVEL_SHIFT})
-ROLLBACK_KINDS = frozenset(
-    {
-        VerdictKind.SPIKE,
-        VerdictKind.DIVERGENCE,
-        VerdictKind.NONFINITE,
-        VerdictKind.RESUME_DISCONTINUITY,
-    }
+from train.recovery.baseline import (
+    RobustBaseline,
+    exp,
+    number,
+    numbers,
+    optional_integer,
+    part,
 )
+from train.recovery.evidence import HIGH_SIGMA, LEAST_PEAK, SlowRise, Stretch, Trace
+from train.recovery.norms import Norms
+from train.recovery.verdict import CALM_KINDS, ROLLBACK_KINDS, Verdict, VerdictKind
 
+__all__ = [
+    "CALM_KINDS",
+    "ROLLBACK_KINDS",
+    "SpikeDetector",
+    "Verdict",
+    "VerdictKind",
+    "default_detector",
+]
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Verdict:
-    """The judgement of one step.
-
-    `onset_step` is the first step of the stretch that this step belongs to. `deviation` is in
-    robust standard deviations of the log loss above `baseline_nats`. `led_by` names the signal
-    that left its band first, `lead_steps` by how many steps.
-    """
-
-    kind: VerdictKind
-    step: int
-    onset_step: int
-    deviation: float = 0.0
-    baseline_nats: float | None = None
-    sigma: float = 0.0
-    led_by: str = "loss"
-    lead_steps: int = 0
-
-    @property
-    def is_calm(self) -> bool:
-        """True if nothing is wrong with the step."""
-        return self.kind in CALM_KINDS
-
-    @property
-    def needs_rollback(self) -> bool:
-        """True if a veto of one update is not enough."""
-        return self.kind in ROLLBACK_KINDS
-
-
-class RobustBaseline:
-    """Median level and MAD noise of the log of one positive signal over its accepted values.
-
-    `window` values are kept. The noise is that of the residuals at acceptance, so a falling loss
-    does not inflate it.
-    """
-
-    def __init__(self, window: int) -> None:
-        self.values: deque[float] = deque(maxlen=window)
-        self.residuals: deque[float] = deque(maxlen=2 * window)
-        self._num_accepted = 0
-        self._level = 0.0
-        self._sigma = _MIN_SIGMA
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def is_known(self, num_steps: int) -> bool:
-        """True once `num_steps` values were accepted; a new level keeps what is known."""
-        return self._num_accepted >= num_steps
-
-    @property
-    def level(self) -> float:
-        """Median of the accepted log values."""
-        return self._level
-
-    @property
-    def sigma(self) -> float:
-        """Robust standard deviation of the accepted log values around their level."""
-        return self._sigma
-
-    def deviation(self, log_value: float) -> float:
-        """Return how many robust standard deviations `log_value` lies above the level."""
-        return (log_value - self._level) / self._sigma
-
-    def accept(self, log_value: float) -> None:
-        """Let a value into the baseline."""
-        if self.values:
-            self.residuals.append(log_value - self._level)
-        self.values.append(log_value)
-        self._num_accepted += 1
-        self._refresh()
-
-    def reanchor(self, log_values: Sequence[float]) -> None:
-        """Forget the level and start from `log_values`, keeping the known noise."""
-        self.values.clear()
-        self.values.extend(log_values)
-        self._refresh()
-
-    def _refresh(self) -> None:
-        self._level = _median(sorted(self.values))
-        if len(self.residuals) >= 4:
-            centre = _median(sorted(self.residuals))
-            spread = _median(sorted(abs(value - centre) for value in self.residuals))
-            self._sigma = max(_MIN_SIGMA, _MAD_TO_SIGMA * spread)
-
-    def state_dict(self) -> dict[str, object]:
-        """Return the state as JSON values."""
-        return {
-            "values": list(self.values),
-            "residuals": list(self.residuals),
-            "num_accepted": self._num_accepted,
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the state of another instance."""
-        self.values = deque(state["values"], maxlen=self.values.maxlen)
-        self.residuals = deque(state["residuals"], maxlen=self.residuals.maxlen)
-        self._num_accepted = state["num_accepted"]
-        self._level, self._sigma = 0.0, _MIN_SIGMA
-        if self.values:
-            self._refresh()
+# The least fall that is worth a word.
+_LEAST_FALL = math.log(1 / 0.9)
+# Before there is a baseline, and while an announced change settles, only a loss this many times
+# the lowest (the level) is absurd.
+_ABSURD = math.log(2.0)
+# An announced change widens the band by this factor at least.
+_ANNOUNCED_FACTOR = 2.0
+# Gradient norms are heavy-tailed: only one this many times further out is an outlier by itself.
+_NORM_FACTOR = 3.0
+_LOWEST_LOSS = 1e-9
 
 
 class SpikeDetector:
     """Judge each step by its loss and gradient norm.
 
-    `window`: accepted steps in the baseline. `warm_up_steps`: steps before the band is trusted;
-    until then non-finite and absurd values alone are flagged. `threshold`: robust standard
-    deviations that make a step high. `persistence`: high steps, within `persistence + 1` steps,
-    that make a spike. `max_flagged_steps`: high steps in a row after which the level is accepted.
+    `window`: accepted steps in the baseline; the memory of the noise (3 windows) and of slow rises
+    (8 windows) follow from it. `warm_up_steps`: steps before the band is trusted; until then
+    non-finite and absurd values alone are flagged. `threshold`: robust standard deviations that
+    make one step an outlier. `persistence`: outliers, with at most one calm step between, that
+    make a spike. `max_flagged_steps`: flagged steps after which a level is accepted.
+    `max_vetoed_steps`: flagged steps in a row after which the limits open until the run is calm.
+    `announced_steps`: how long an announced change widens the band. `has_low_verdict`: whether a
+    loss that falls far below its band is news.
     """
 
     def __init__(
         self,
         *,
-        window: int = 48,
+        window: int = 64,
         warm_up_steps: int = 16,
         threshold: float = 6.0,
         persistence: int = 2,
-        max_flagged_steps: int = 100,
+        max_flagged_steps: int = 32,
         max_vetoed_steps: int = 4,
         announced_steps: int = 32,
         has_low_verdict: bool = True,
@@ -185,18 +89,26 @@ class SpikeDetector:
         self.announced_steps = announced_steps
         self.has_low_verdict = has_low_verdict
         self._loss = RobustBaseline(window)
-        self._grad_norm = RobustBaseline(window)
-        self._recent: deque[bool] = deque(maxlen=persistence + 1)
-        self._flagged_logs: deque[float] = deque(maxlen=max(4, window // 4))
-        self._onset_step: int | None = None
-        self._num_flagged = 0
-        self._grad_high_since: int | None = None
-
-    def announce(self, step: int, num_steps: int | None = None) -> None:
-        """Say that a known change takes effect at `step`."""
-
-    def resumed(self) -> None:
-        """Say that the next update is the first after a resume or a rewind."""
+        self._norms = Norms(
+            window=window,
+            warm_up_steps=warm_up_steps,
+            threshold=threshold,
+            persistence=persistence,
+        )
+        self._slow_rise = SlowRise(max(4, window // 8))
+        self._stretch = Stretch(threshold, persistence)
+        self._trace = Trace(window // 2)
+        self._announced: list[list[int]] = []
+        self._low_logs: list[float] = []
+        self._low_since: int | None = None
+        self._num_low = 0
+        self._settling_logs: list[float] = []
+        self._last_step: int | None = None
+        self._num_vetoed = 0
+        self._num_diverging = 0
+        self._nonfinite_since: int | None = None
+        self._is_resuming = False
+        self._resumed_at: int | None = None
 
     def update(
         self,
@@ -208,115 +120,210 @@ class SpikeDetector:
         group_norms: Sequence[float] = (),
         nonfinite_share: float | None = None,
     ) -> Verdict:
-        """Judge one step and take it into the baseline if it is accepted.
+        """Judge one step and take it into the baseline if it is accepted. Never raises.
 
-        `loss_nats`: mean loss in nats a token; `grad_norm`: norm before clipping, None if unknown.
+        `loss_nats`: mean loss in nats a token; `grad_norm`: norm before clipping; `update_norm`:
+        norm of the applied update, unknown if not finite; `group_norms`: gradient norm of each
+        layer group; `nonfinite_share`: share of gradient values that are not finite. None: unknown.
         """
-        if (
-            not math.isfinite(loss_nats)
-            or (grad_norm is not None and not math.isfinite(grad_norm))
-            or not all(map(math.isfinite, group_norms))
-            or (nonfinite_share is not None and not nonfinite_share <= 0)
-        ):
-            return self._flag(step, VerdictKind.NONFINITE, math.inf)
-        log_loss = math.log(max(loss_nats, 1e-9))
-        self._watch_grad_norm(step, grad_norm)
-        if not self._loss.is_known(self.warm_up_steps):
-            return self._warm_up(step, log_loss, grad_norm)
-        deviation = self._loss.deviation(log_loss)
-        is_high = deviation > self.threshold
-        self._recent.append(is_high)
-        if not is_high:
-            self._clear_if_calm()
-            self._accept(log_loss, grad_norm)
-            return self._verdict(VerdictKind.OK, step, step, deviation)
-        self._flagged_logs.append(log_loss)
-        if self._is_level(step):
-            return self._accept_level(step, deviation)
-        is_spike = sum(self._recent) >= self.persistence
-        kind = VerdictKind.SPIKE if is_spike else VerdictKind.OUTLIER
-        return self._flag(step, kind, deviation)
-
-    def limits(self) -> tuple[float, float]:
-        """Return the highest loss in nats and the highest gradient norm that are not outliers."""
-        if not self._loss.is_known(self.warm_up_steps):
-            return math.inf, math.inf
-        loss = math.exp(self._loss.level + self.threshold * self._loss.sigma)
-        norm = math.inf
-        if self._grad_norm.is_known(self.warm_up_steps):
-            # Gradient norms are heavy-tailed: only an extreme one is an outlier by itself.
-            exponent = self._grad_norm.level + 3 * self.threshold * self._grad_norm.sigma
-            norm = math.exp(min(exponent, 700.0))
-        return loss, norm
-
-    def _watch_grad_norm(self, step: int, grad_norm: float | None) -> None:
-        if grad_norm is None or not self._grad_norm.is_known(self.warm_up_steps):
-            return
-        is_high = self._grad_norm.deviation(math.log(max(grad_norm, 1e-12))) > self.threshold
-        if not is_high:
-            self._grad_high_since = None
-        elif self._grad_high_since is None:
-            self._grad_high_since = step
-
-    def _warm_up(self, step: int, log_loss: float, grad_norm: float | None) -> Verdict:
-        is_absurd = len(self._loss) > 0 and log_loss > min(self._loss.values) + math.log(
-            _ABSURD_RATIO
+        is_finite = (
+            math.isfinite(loss_nats)
+            and (grad_norm is None or math.isfinite(grad_norm))
+            and (nonfinite_share is None or nonfinite_share <= 0)
+            and all(map(math.isfinite, group_norms))
         )
-        self._recent.append(is_absurd)
-        if is_absurd and self._num_flagged + 1 < self.max_flagged_steps:
-            is_spike = sum(self._recent) >= self.persistence
-            kind = VerdictKind.SPIKE if is_spike else VerdictKind.OUTLIER
-            return self._flag(step, kind, self._loss.deviation(log_loss))
-        self._clear_if_calm()
-        self._accept(log_loss, grad_norm)
-        return self._verdict(VerdictKind.WARMUP, step, step, 0.0)
-
-    def _flag(self, step: int, kind: VerdictKind, deviation: float) -> Verdict:
-        if self._onset_step is None:
-            self._onset_step = step
-        if kind is not VerdictKind.NONFINITE:  # a run of NaN is no level that could be accepted
-            self._num_flagged += 1
-        return self._verdict(kind, step, self._onset_step, deviation)
-
-    def _accept(self, log_loss: float, grad_norm: float | None) -> None:
-        self._loss.accept(log_loss)
-        if grad_norm is not None and grad_norm > 0:
-            self._grad_norm.accept(math.log(grad_norm))
-
-    def _is_level(self, step: int) -> bool:
-        """True if enough steps were high, and most of those since the onset."""
-        onset = self._onset_step if self._onset_step is not None else step
-        num_high = self._num_flagged + 1
-        return num_high >= self.max_flagged_steps and 2 * num_high > step - onset
-
-    def _accept_level(self, step: int, deviation: float) -> Verdict:
-        onset = self._onset_step if self._onset_step is not None else step
-        verdict = self._verdict(VerdictKind.LEVEL_SHIFT, step, onset, deviation)
-        self._loss.reanchor(list(self._flagged_logs))
-        self._reset_stretch()
+        self._begin(step)
+        if not is_finite:
+            verdict = self._nonfinite(step)
+        else:
+            self._nonfinite_since = None
+            norm_deviation = self._norms.watch(step, grad_norm, update_norm, group_norms)
+            log_loss = math.log(max(loss_nats, _LOWEST_LOSS))
+            verdict, is_accepted = self._judge(step, log_loss, norm_deviation)
+            if is_accepted:
+                self._norms.accept()
+        self._num_vetoed = 0 if verdict.is_calm else self._num_vetoed + 1
         return verdict
 
-    def _clear_if_calm(self) -> None:
-        if not any(self._recent):
-            self._reset_stretch()
+    def announce(self, step: int, num_steps: int | None = None) -> None:
+        """Say that a known change takes effect at `step`: a ramp, a restart, a new mixture.
 
-    def _reset_stretch(self) -> None:
-        self._onset_step = None
-        self._num_flagged = 0
-        self._recent.clear()
-        self._flagged_logs.clear()
+        For `num_steps` (default: `announced_steps`) from then on the band is at least twice as
+        wide and reaches at least to twice the level; a loss that settles elsewhere inside it is a
+        level shift after `window // 8` steps; slow rises and low losses are not looked for.
+        """
+        end = step + (self.announced_steps if num_steps is None else num_steps)
+        is_past = self._last_step is not None and end <= self._last_step + 1
+        if end > step and not is_past and [step, end] not in self._announced:
+            self._announced.append([step, end])
+
+    def resumed(self) -> None:
+        """Say that the next update is the first after a resume or a rewind.
+
+        A spike that begins at that very update, and of which each step is high, is a
+        `resume_discontinuity` from the step before on. Nothing else changes.
+        """
+        self._is_resuming = True
+
+    def limits(self) -> tuple[float, float]:
+        """Return the highest loss in nats and gradient norm that the next step may have.
+
+        A step above them is an outlier, and the device refuses its update. Both are infinite while
+        nothing is known, and from `max_vetoed_steps` flagged steps in a row until a calm one: an
+        update is never refused for ever. After an announced change they are as wide as its band.
+        """
+        if self._num_vetoed >= self.max_vetoed_steps or not len(self._loss):
+            return math.inf, math.inf
+        is_announced = self._is_announced((self._last_step or 0) + 1)
+        level, width = self._band(is_announced)
+        factor = _NORM_FACTOR * (_ANNOUNCED_FACTOR if is_announced else 1.0)
+        highest = self._norms.highest_log(factor * self.threshold)
+        return exp(level + width), exp(highest) if highest < math.inf else math.inf
+
+    def _begin(self, step: int) -> None:
+        """Take note of a new step: its number, and whether it is the first after a resume."""
+        if self._announced:
+            self._announced = [span for span in self._announced if span[1] > step]
+        if self._is_resuming:
+            self._is_resuming = False
+            self._resumed_at = None if self._stretch.num_flagged else step
+        self._last_step = step
+
+    def _nonfinite(self, step: int) -> Verdict:
+        if self._nonfinite_since is None:
+            self._nonfinite_since = step
+        return self._verdict(VerdictKind.NONFINITE, step, self._nonfinite_since, math.inf)
+
+    def _judge(self, step: int, log_loss: float, norm_deviation: float) -> tuple[Verdict, bool]:
+        """Return the verdict of a finite step and whether it was accepted."""
+        loss = self._loss
+        is_warm_up = loss.num_accepted < self.warm_up_steps
+        is_announced = self._is_announced(step)
+        level, width = self._band(is_announced)
+        rise = log_loss - level if len(loss) else 0.0
+        deviation = self.threshold * rise / width
+        if not is_warm_up and not is_announced and -rise > max(width, _LEAST_FALL):
+            return self._fallen(step, log_loss, deviation)
+        self._low_logs, self._low_since = [], None
+        if is_warm_up:  # the noise is not known yet: a step is absurd or nothing
+            is_confirmed, worth = False, deviation if deviation > self.threshold else 0.0
+        else:
+            is_confirmed = norm_deviation > self.threshold and deviation > HIGH_SIGMA
+            worth = deviation
+            loss.observe(log_loss)
+        stretch = self._stretch
+        if stretch.add(step, worth, rise, is_confirmed):
+            stretch.led_by, stretch.lead_steps = self._norms.leader(step)
+        if deviation <= HIGH_SIGMA:
+            self._resumed_at = None
+        if stretch.is_flagged(deviation):
+            return self._flag(step, log_loss, deviation, rise), False
+        if is_announced and rise > self.threshold / 2 * loss.noise:
+            return self._settle(step, log_loss, deviation)
+        self._settling_logs = []
+        if self._trace.add(log_loss, loss.sigma):
+            return self._verdict(VerdictKind.SPIKE, step, self._trace.onset_step, deviation), False
+        loss.accept(log_loss)
+        kind, onset_step = VerdictKind.WARMUP if is_warm_up else VerdictKind.OK, step
+        if is_announced:
+            self._slow_rise.reset()
+        elif not is_warm_up:
+            kind, onset_step = self._follow(step, log_loss)
+        if kind is VerdictKind.OK and norm_deviation > _NORM_FACTOR * self.threshold:
+            kind = VerdictKind.OUTLIER
+        return self._verdict(kind, step, onset_step, deviation), True
+
+    def _band(self, is_announced: bool) -> tuple[float, float]:
+        """Return the log level and how far above it an outlier begins."""
+        loss = self._loss
+        if loss.num_accepted < self.warm_up_steps:
+            return (loss.lowest if len(loss) else 0.0), _ABSURD
+        width = self.threshold * loss.noise
+        return loss.level, max(_ANNOUNCED_FACTOR * width, _ABSURD) if is_announced else width
+
+    def _is_announced(self, step: int) -> bool:
+        return any(start <= step < end for start, end in self._announced)
+
+    def _flag(self, step: int, log_loss: float, deviation: float, rise: float) -> Verdict:
+        """Return the verdict of a step of a stretch that is flagged."""
+        stretch = self._stretch
+        onset = stretch.onset_step if stretch.onset_step is not None else step
+        stretch.flag(log_loss, self.window // 2)
+        if stretch.is_level(self.max_flagged_steps):
+            verdict = self._verdict(VerdictKind.LEVEL_SHIFT, step, onset, deviation)
+            self._start_level(stretch.logs)
+            return verdict
+        if rise > LEAST_PEAK:
+            self._trace.start(onset, self._loss.level)
+        if not stretch.is_spike:
+            return self._verdict(VerdictKind.OUTLIER, step, onset, deviation)
+        if self._resumed_at is not None and onset == self._resumed_at:
+            kind = VerdictKind.RESUME_DISCONTINUITY
+            return self._verdict(kind, step, self._resumed_at - 1, deviation)
+        return self._verdict(VerdictKind.SPIKE, step, onset, deviation)
+
+    def _fallen(self, step: int, log_loss: float, deviation: float) -> tuple[Verdict, bool]:
+        """Hold back a value far below the band; accept its level if it stays."""
+        if self._low_since is None:
+            self._low_since, self._num_low = step, 0
+        self._num_low += 1
+        self._low_logs = [*self._low_logs[-(self.window // 2) + 1 :], log_loss]
+        onset = self._low_since
+        if self._num_low >= self.max_flagged_steps:
+            verdict = self._verdict(VerdictKind.LEVEL_SHIFT, step, onset, deviation)
+            self._start_level(self._low_logs)
+            return verdict, False
+        is_news = self.has_low_verdict and self._num_low >= self.persistence
+        kind = VerdictKind.SUSPICIOUSLY_LOW if is_news else VerdictKind.OK
+        return self._verdict(kind, step, onset, deviation), False
+
+    def _settle(self, step: int, log_loss: float, deviation: float) -> tuple[Verdict, bool]:
+        """Hold back a high value after an announced change; accept its level soon."""
+        self._settling_logs.append(log_loss)
+        if len(self._settling_logs) < max(2, self.window // 8):
+            return self._verdict(VerdictKind.OK, step, step, deviation), False
+        verdict = self._verdict(VerdictKind.LEVEL_SHIFT, step, step, deviation)
+        self._start_level(self._settling_logs)
+        return verdict, False
+
+    def _follow(self, step: int, log_loss: float) -> tuple[VerdictKind, int]:
+        """Look for a slow rise over the accepted steps; a lasting one becomes the level."""
+        rise = self._slow_rise
+        rise.accept(step, log_loss, self._loss.noise)
+        if rise.is_divergence:
+            self._num_diverging += 1
+            onset = rise.onset_step
+            if self._num_diverging < self.max_flagged_steps:
+                return VerdictKind.DIVERGENCE, onset
+            self._num_diverging = 0
+            rise.reset()
+            return VerdictKind.LEVEL_SHIFT, onset
+        self._num_diverging = 0
+        if rise.is_suspect:
+            return VerdictKind.OUTLIER, rise.onset_step
+        return VerdictKind.OK, step
+
+    def _start_level(self, logs: Sequence[float]) -> None:
+        """Take the level of `logs` for the new one."""
+        self._loss.reanchor(logs)
+        self._slow_rise.reset()
+        self._num_diverging = 0
+        self._stretch.clear()
+        self._trace.clear()
+        self._low_logs, self._settling_logs, self._low_since = [], [], None
+        self._resumed_at = None
 
     def _verdict(self, kind: VerdictKind, step: int, onset_step: int, deviation: float) -> Verdict:
         led_by, lead_steps = "loss", 0
-        if self._grad_high_since is not None and self._grad_high_since < onset_step:
-            led_by, lead_steps = "grad_norm", onset_step - self._grad_high_since
+        if kind not in CALM_KINDS and self._stretch.onset_step is not None:
+            led_by, lead_steps = self._stretch.led_by, self._stretch.lead_steps
         return Verdict(
             kind=kind,
             step=step,
             onset_step=onset_step,
             deviation=deviation,
-            baseline_nats=math.exp(self._loss.level) if len(self._loss) else None,
-            sigma=self._loss.sigma,
+            baseline_nats=exp(self._loss.level) if len(self._loss) else None,
+            sigma=self._loss.noise,
             led_by=led_by,
             lead_steps=lead_steps,
         )
@@ -324,39 +331,50 @@ class SpikeDetector:
     def state_dict(self) -> dict[str, object]:
         """Return all state as JSON values; it belongs in every checkpoint."""
         return {
-            "loss": self._loss.state_dict(),
-            "grad_norm": self._grad_norm.state_dict(),
-            "recent": list(self._recent),
-            "flagged_logs": list(self._flagged_logs),
-            "onset_step": self._onset_step,
-            "num_flagged": self._num_flagged,
-            "grad_high_since": self._grad_high_since,
+            **{name: member.state_dict() for name, member in self._members().items()},
+            "announced": [list(span) for span in self._announced],
+            "low_logs": list(self._low_logs),
+            "settling_logs": list(self._settling_logs),
+            "num_vetoed": self._num_vetoed,
+            "num_diverging": self._num_diverging,
+            "num_low": self._num_low,
+            "is_resuming": self._is_resuming,
+            "last_step": self._last_step,
+            "nonfinite_since": self._nonfinite_since,
+            "low_since": self._low_since,
+            "resumed_at": self._resumed_at,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take up the state of another instance with the same settings."""
-        loss, grad_norm = state["loss"], state["grad_norm"]
-        recent, flagged_logs = state["recent"], state["flagged_logs"]
-        onset, since, flagged = state["onset_step"], state["grad_high_since"], state["num_flagged"]
-        assert isinstance(loss, Mapping) and isinstance(grad_norm, Mapping)
-        assert isinstance(recent, Sequence) and isinstance(flagged_logs, Sequence)
-        assert isinstance(flagged, int)
-        assert onset is None or isinstance(onset, int)
-        assert since is None or isinstance(since, int)
-        self._loss.load_state_dict(loss)
-        self._grad_norm.load_state_dict(grad_norm)
-        self._recent = deque(recent, maxlen=self._recent.maxlen)
-        self._flagged_logs = deque(flagged_logs, maxlen=self._flagged_logs.maxlen)
-        self._onset_step, self._num_flagged, self._grad_high_since = onset, flagged, since
+        """Take up the state of another instance; of other settings, what fits."""
+        for name, member in self._members().items():
+            member.load_state_dict(part(state, name))
+        spans = state.get("announced")
+        self._announced = [list(span) for span in spans] if isinstance(spans, list) else []
+        self._low_logs = numbers(state, "low_logs")
+        self._settling_logs = numbers(state, "settling_logs")
+        self._num_vetoed = int(number(state, "num_vetoed"))
+        self._num_diverging = int(number(state, "num_diverging"))
+        self._num_low = int(number(state, "num_low"))
+        self._is_resuming = bool(state.get("is_resuming"))
+        self._last_step = optional_integer(state, "last_step")
+        self._nonfinite_since = optional_integer(state, "nonfinite_since")
+        self._low_since = optional_integer(state, "low_since")
+        self._resumed_at = optional_integer(state, "resumed_at")
 
-
-def _median(ordered: Sequence[float]) -> float:
-    middle = len(ordered) // 2
-    if len(ordered) % 2:
-        return ordered[middle]
-    return (ordered[middle - 1] + ordered[middle]) / 2
+    def _members(self) -> dict[str, RobustBaseline | Norms | SlowRise | Stretch | Trace]:
+        return {
+            "loss": self._loss,
+            "norms": self._norms,
+            "slow_rise": self._slow_rise,
+            "stretch": self._stretch,
+            "trace": self._trace,
+        }
 
 
 def default_detector() -> SpikeDetector:
-    """Return the detector with its default settings, for replaying any curve."""
+    """Return the detector with its default settings, for replaying bare curves.
+
+    It says nothing of a falling loss, which is news only to someone who knows the data.
+    """
     return SpikeDetector(has_low_verdict=False)

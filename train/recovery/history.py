@@ -120,9 +120,12 @@ class RecoveryHistory:
         """Return what the learning rate of `step` is multiplied by: the lowest that holds."""
         return min((cooling.factor_at(step) for cooling in self.coolings), default=1.0)
 
-    def is_veto_known(self, clock: int) -> bool:
-        """True if the refused update at `clock` was written down before a crash."""
-        return any(r.rung is Rung.VETO and r.clock == clock for r in self._records)
+    def is_veto_known(self, clock: int, step: int) -> bool:
+        """True if the refused update was written down before a crash."""
+        return any(
+            r.rung is Rung.VETO and (r.clock, r.detected_step) == (clock, step)
+            for r in self._records
+        )
 
     def is_request_known(self, request: str) -> bool:
         """True if an operator's request was fulfilled before a crash."""

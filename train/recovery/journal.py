@@ -152,7 +152,7 @@ class Journal:
             )
         try:
             for key, convert in _FROM_JSON.items():
-                if record.get(key) is not None:
+                if key in record and not (key == "returned" and record[key] is None):
                     record[key] = convert(record[key])
             return Incident(**record)
         except (TypeError, ValueError, LookupError) as error:

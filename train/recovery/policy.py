@@ -184,10 +184,21 @@ def describe(verdict: Verdict) -> str:
     return words
 
 
-def _incident(verdict: Verdict, past: Sequence[Past], budget: Budget) -> tuple[int, list[Past]]:
-    """Return the number of the incident that a verdict belongs to, and its attempts so far."""
+def _incident(
+    verdict: Verdict, past: Sequence[Past], budget: Budget, *, is_observing: bool = False
+) -> tuple[int, list[Past]]:
+    """Return the number of the incident that a verdict belongs to, and its attempts so far.
+
+    What was merely observed is an attempt for whoever observes, and for no one else.
+    """
     last = max((entry.incident for entry in past), default=0)
-    attempts = [entry for entry in past if entry.incident == last and entry.rung in LADDER_RUNGS]
+    attempts = [
+        entry
+        for entry in past
+        if entry.incident == last
+        and entry.is_observed == is_observing
+        and (entry.rung in LADDER_RUNGS or is_observing)
+    ]
     furthest = max((entry.detected_step for entry in attempts), default=0)
     if attempts and verdict.onset_step <= furthest + budget.cooldown_steps:
         return last, attempts
@@ -288,9 +299,11 @@ def _go_back(
             "(recovery.max_rewinds): look at the incidents in the report, then raise the limit to "
             "go on, or begin another run with a lower optim.lr",
         )
+    # A resume that went wrong goes on from the step before its onset: that state is the bad one.
+    is_replaced = verdict.kind is VerdictKind.RESUME_DISCONTINUITY
+    newest = verdict.onset_step - (1 if is_replaced else 0)
     before = sorted(
-        (target for target in targets if target.step < verdict.onset_step),
-        key=lambda target: target.step,
+        (target for target in targets if target.step < newest), key=lambda target: target.step
     )
     if not before:
         return GiveUp(
@@ -338,7 +351,7 @@ def _observe(
     """Return what `ladder` would begin with; one decision an incident, since nothing changes."""
     if not verdict.needs_rollback:
         return None
-    _, attempts = _incident(verdict, history.past, budget)
+    _, attempts = _incident(verdict, history.past, budget, is_observing=True)
     if attempts:
         return None
     return _climb(verdict, targets, history, budget)

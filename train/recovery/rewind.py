@@ -116,9 +116,9 @@ class Rewinder:
 
     def note(self, action: Note) -> None:
         """Write down what was borne or observed, once."""
-        if action.rung is Rung.VETO and self._history.is_veto_known(action.clock):
-            return  # a crash has brought the same step again
         here = action.detected_step
+        if action.rung is Rung.VETO and self._history.is_veto_known(action.clock, here):
+            return  # a crash has brought the same step again
         self._write(
             Incident(
                 incident=action.incident,
@@ -141,7 +141,18 @@ class Rewinder:
 
     def stopped(self, action: Stop, present: TrainState) -> None:
         """Write down why recovery gave up."""
-        self._write(self._single(Rung.STOP, present, action.reason, code=action.code))
+        record = self._single(Rung.STOP, present, action.reason)
+        self._write(
+            replace(
+                record,
+                code=action.code,
+                rule=action.rule,
+                incident=action.incident,
+                verdict=action.verdict,
+                onset_step=action.onset_step,
+                detected_step=action.detected_step,
+            )
+        )
 
     def skip(self, action: Skip, present: TrainState) -> Incident:
         """Skip the next samples from here on."""
@@ -159,8 +170,9 @@ class Rewinder:
         `end_cursor`: where the run's last step would leave the cursor.
         """
         skipped = action.skipped
-        taken = [*self._ledger.ranges(), *self._returns.places()]
-        position = latest_gap(len(skipped), present.cursor, end_cursor, taken)
+        # Ranges that are skipped further on must not move, so it comes behind them.
+        start = max(present.cursor, self._ledger.end)
+        position = latest_gap(len(skipped), start, max(start, end_cursor), self._returns.places())
         reason = action.reason
         if position >= end_cursor:
             reason += "; no room is left before the end of the run: read if run.steps is raised"
@@ -168,8 +180,8 @@ class Rewinder:
             self._single(Rung.UNSKIP, present, reason, request=action.request),
             returned=(position, skipped.start, skipped.stop),
         )
+        self._returns.insert(position, skipped.start, skipped.stop)  # refuses what is no return
         self._write(record)
-        self._returns.insert(position, skipped.start, skipped.stop)
         return record
 
     def resume(self) -> Resumed | None:
@@ -185,6 +197,9 @@ class Rewinder:
             self._ledger.add(skipped)
         for returned in self._history.returns():
             self._returns.insert(*returned)
+        for record in self._history.done:
+            for name in record.quarantine:  # a full disk may have kept it from being written
+                self._tiers.store.quarantine(name, f"incident {record.incident}")
         open_intent = pending(records)
         if open_intent is not None:
             logger.warning("finishing incident %d, cut short before", open_intent.incident)
@@ -257,17 +272,16 @@ class Rewinder:
         return TrainState(**extra["train_state"])
 
     def _single(
-        self, rung: Rung, present: TrainState, reason: str, *, code: str = "", request: str = ""
+        self, rung: Rung, present: TrainState, reason: str, *, request: str = ""
     ) -> Incident:
         """Return the record of an act without parts, done at once."""
         return Incident(
-            incident=self._history.last_incident + (1 if request else 0),
+            incident=self._history.last_incident + 1,
             phase=Phase.DONE,
             time=self._world.broadcast(now_utc()),
-            rule="operator" if request else "ladder",
+            rule="operator",
             rung=rung,
             reason=reason,
-            code=code,
             verdict="",
             onset_step=present.step,
             detected_step=present.step,
@@ -280,9 +294,24 @@ class Rewinder:
         )
 
     def _write(self, record: Incident) -> None:
+        """Make a record durable, then take it up, on all ranks.
+
+        Raises: JournalError, on all ranks, if it could not be written. What it says was not done,
+        or, if it is a `done`, will be finished by the next start.
+        """
+        failure: str | None = None
         if self._world.is_main:
-            self._journal.append(record)
-        self._world.barrier()
+            try:
+                self._journal.append(record)
+            except OSError as error:
+                failure = error.strerror or str(error)
+        failure = self._world.broadcast(failure)
+        if failure is not None:
+            raise JournalError(
+                f"{self._journal.path} cannot be written ({failure}), so nothing can be decided "
+                f"that a restart would keep to ({record.rung} of incident {record.incident}); make "
+                "room and start the same command again"
+            )
         self._history.add(record)
 
 

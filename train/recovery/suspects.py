@@ -1,7 +1,6 @@
-"""Which samples and which ranks stand out in the steps around an incident. Numbers in, names out.
+"""Which samples and ranks stand out in the steps around an incident. Numbers in, names out.
 
-Owns the pairing of sample losses with steps and the ranking. Refuses files, engines and collectives.
-Shapes: N samples of a global batch, in batch order; R ranks.
+Owns the pairing of sample losses with steps, and the ranking. Refuses files, engines, collectives.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ Losses = npt.NDArray[np.float64]
 class SampledStep:
     """One step and the loss of each sample of its batch.
 
-    `baseline_nats`: what the detector held for normal, None if it was not asked. `is_reported`:
-    False for the step that was in flight when the trouble was found.
+    `losses`: in batch order, [samples]. `baseline_nats`: what the detector held for normal, None if
+    it was not asked. `is_reported`: False for the step in flight when the trouble was found.
     """
 
     step: int
@@ -38,19 +37,19 @@ class SampledStep:
     cursor_before: int
     baseline_nats: float | None
     is_reported: bool
-    losses_N: Losses
+    losses: Losses
     num_ranks: int
 
     @property
     def reference_nats(self) -> float:
         """What a sample is compared with: the baseline, or the median of the batch if lower."""
-        finite = self.losses_N[np.isfinite(self.losses_N)]
+        finite = self.losses[np.isfinite(self.losses)]
         median = float(np.median(finite)) if len(finite) else math.inf
         return min(median, math.inf if self.baseline_nats is None else self.baseline_nats)
 
     def by_rank(self) -> Losses:
-        """Return the mean loss of each rank's samples, [R]."""
-        means: Losses = self.losses_N.reshape(self.num_ranks, -1).mean(axis=1)
+        """Return the mean loss of each rank's samples, [ranks]."""
+        means: Losses = self.losses.reshape(self.num_ranks, -1).mean(axis=1)
         return means
 
 
@@ -80,11 +79,11 @@ def pair(
     """Return the steps that `by_rank`, each rank's losses in the last steps, belongs to.
 
     The last entry is that of the step that led to `present`: each step moves the clock by one, and
-    the losses of steps before a load are forgotten. Ranks hold one contiguous block of a batch each.
-    A step that no one has logged is left out.
+    the losses of steps before a load are forgotten. Each rank holds one contiguous block of a
+    batch. A step that no one has logged is left out.
     """
     num_steps = min((len(steps) for steps in by_rank), default=0)
-    paired = []
+    paired: list[SampledStep] = []
     for age in range(num_steps - 1, -1, -1):
         blocks = [steps[len(steps) - 1 - age] for steps in by_rank]
         if len({len(block) for block in blocks}) != 1 or not len(blocks[0]):
@@ -105,7 +104,7 @@ def pair(
                 cursor_before=logged.before.cursor if logged is not None else log.state.cursor,
                 baseline_nats=baseline,
                 is_reported=logged is not None,
-                losses_N=np.concatenate(blocks).astype(np.float64),
+                losses=np.concatenate(blocks).astype(np.float64),
                 num_ranks=len(blocks),
             )
         )
@@ -131,20 +130,20 @@ def _ranked(steps: Sequence[SampledStep]) -> list[Suspect]:
     for step in steps:
         reference = step.reference_nats
         # Without one finite loss there is nothing to compare with; all are equally bad.
-        excess_N = step.losses_N - (reference if math.isfinite(reference) else 0.0)
-        excess_N = np.where(np.isfinite(step.losses_N), excess_N, math.inf)
-        share = len(excess_N) // step.num_ranks
-        for place in np.argsort(-excess_N, kind="stable")[:NUM_SUSPECTS].tolist():
+        excess = step.losses - (reference if math.isfinite(reference) else 0.0)
+        excess = np.where(np.isfinite(step.losses), excess, math.inf)
+        share = len(excess) // step.num_ranks
+        for place in np.argsort(-excess, kind="stable")[:NUM_SUSPECTS].tolist():
             found.append(
                 Suspect(
                     step=step.step,
                     clock=step.clock,
                     cursor_before=step.cursor_before,
-                    num_samples=len(excess_N),
+                    num_samples=len(excess),
                     place=place,
                     rank=place // share,
-                    loss_nats=float(step.losses_N[place]),
-                    excess_nats=float(excess_N[place]),
+                    loss_nats=float(step.losses[place]),
+                    excess_nats=float(excess[place]),
                 )
             )
     return sorted(found, key=_worst_first)
@@ -171,11 +170,11 @@ def odd_ranks(steps: Sequence[SampledStep], onset_step: int) -> OddRanks | None:
     samples or a bad device.
     """
     for step in steps:
-        means_R = step.by_rank()
-        if len(means_R) < 2:
+        means = step.by_rank()
+        if len(means) < 2:
             return None
-        bad = np.flatnonzero(~np.isfinite(means_R))
-        if len(bad) == len(means_R):
+        bad = np.flatnonzero(~np.isfinite(means))
+        if len(bad) == len(means):
             return None  # by now it has spread
         if len(bad):
             return OddRanks(
@@ -186,15 +185,15 @@ def odd_ranks(steps: Sequence[SampledStep], onset_step: int) -> OddRanks | None:
         if step.step < onset_step:
             continue
         reference = step.baseline_nats
-        excess_R = means_R - (float(np.median(means_R)) if reference is None else reference)
-        top, following = np.argsort(-excess_R, kind="stable")[:2].tolist()
-        if excess_R[top] > 0:
-            if excess_R[following] > _SHARE_OF_THE_NEXT * excess_R[top]:
+        excess = means - (float(np.median(means)) if reference is None else reference)
+        top, following = np.argsort(-excess, kind="stable")[:2].tolist()
+        if excess[top] > 0:
+            if excess[following] > _SHARE_OF_THE_NEXT * excess[top]:
                 return None
             return OddRanks(
                 step=step.step,
                 ranks=(top,),
-                reason=f"loss of {means_R[top]:.3f} nats, while the next highest rank had "
-                f"{means_R[following]:.3f}",
+                reason=f"loss of {means[top]:.3f} nats, while the next highest rank had "
+                f"{means[following]:.3f}",
             )
     return None

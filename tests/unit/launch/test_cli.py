@@ -141,10 +141,11 @@ def test_incidents_joins_intent_and_done_and_survives_a_torn_line(tmp_path: Path
     _journal(
         tmp_path, json.dumps(intent), '{"incident": 1, "phase": "done"}', '{"incident": 2, "ph'
     )
-    heading, row, note = _trimtab("incidents", "demo").splitlines()
-    assert heading.split()[:3] == ["incident", "phase", "time"]
-    assert row.split()[:2] == ["1", "done"]
-    assert row.endswith("step-30            [960, 1344)  -")
+    heading, row, reason, note = _trimtab("incidents", "demo").splitlines()
+    assert heading.split()[:3] == ["#", "try", "when"]
+    assert row.split()[:3] == ["1", "1", "2026-01-01"]
+    assert row.endswith("rewind  spike    40->42        30       384      done")
+    assert reason == "    loss spike; samples [960, 1344) skipped"
     assert note == "1 torn line(s) in the journal left out"
 
 

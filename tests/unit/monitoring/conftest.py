@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic_run import START, Json, RunScript, play_recovered_run
+from synthetic_run import START, Json, RunScript, play_ladder_run, play_recovered_run
 
 
 @pytest.fixture
@@ -25,6 +25,13 @@ def recovered_run(script: RunScript) -> RunScript:
         "tokens_per_second": 31_400.0, "goodput": {}, "report": "report.html",
     }  # fmt: skip
     script.write(summary=summary)
+    return script
+
+
+@pytest.fixture
+def ladder_run(script: RunScript) -> RunScript:
+    play_ladder_run(script)
+    script.write()
     return script
 
 

@@ -1,4 +1,4 @@
-"""A synthetic run folder: a spike with a rewind, a crash with a restart, and a torn line."""
+"""Synthetic run folders: one old journal with a crash, and one whose ladder was climbed."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class RunScript:
     step: int = 0
     cursor: int = 0
     attempt: int = 0
+    lr_factor: float = 1.0
     metrics: list[Json] = field(default_factory=list)
     events: list[Json] = field(default_factory=list)
     journal: list[Json] = field(default_factory=list)
@@ -60,7 +61,10 @@ class RunScript:
                     "loss_nats": None if verdict == "nonfinite" else loss,
                     "grad_norm": 0.9 + abs(self.noise.gauss(0, 0.2)) + 4 * bump,
                     "is_finite": verdict != "nonfinite",
-                    "lr": 3e-4 * min(1.0, self.step / 40) * (1 - 0.6 * self.step / self.num_steps),
+                    "lr": self.lr_factor
+                    * 3e-4
+                    * min(1.0, self.step / 40)
+                    * (1 - 0.6 * self.step / self.num_steps),
                     "update": "vetoed" if verdict in ("nonfinite",) else "applied",
                     "step_seconds": 0.25,
                     "data_seconds": 0.01,
@@ -97,6 +101,39 @@ class RunScript:
                 }
             )  # fmt: skip
         self.step, self.cursor = to_step, skip[1]
+
+    def record(self, incident: int, rung: str, phase: str = "done", **more: object) -> Json:
+        """Append a journal record of the present form; defaults are those of a thing done here."""
+        entry: Json = {
+            "incident": incident, "attempt": 1, "rung": rung, "phase": phase, "rule": "ladder",
+            "time": f"2026-09-21T10:{len(self.journal):02d}:00.000+00:00", "code": "",
+            "reason": f"because of {rung}", "verdict": "spike", "onset_step": self.step,
+            "detected_step": self.step, "target_step": self.step, "target_checkpoint": "",
+            "clock": self.clock, "skip": [0, 0], "returned": None, "quarantine": [], "kept": [],
+            "lr_scale": 1.0, "lr_from_step": 0, "lr_until_step": 0, "lr_return_step": 0,
+            "rewinds": 0, "request": "", "crc": "0", **more,
+        }  # fmt: skip
+        self.journal.append(entry)
+        return entry
+
+    def climb(self, incident: int, attempt: int, rung: str, to_step: int, **more: object) -> None:
+        """Go back as one attempt of an incident: intent, done, and the event."""
+        fields: Json = {
+            "attempt": attempt, "onset_step": self.step - 3, "target_step": to_step,
+            "target_checkpoint": f"step-{to_step:08d}-clock-{to_step:08d}",
+            "reason": f"spike at step {self.step - 3}, found at step {self.step}, grad_norm led by "
+            "2, 38.1 sigma over its baseline",
+            **more,
+        }  # fmt: skip
+        from_step = self.step
+        self.spend("rewind", 0.4)
+        for phase in ("intent", "done"):
+            entry = self.record(incident, rung, phase, detected_step=from_step, **fields)
+        self.event(
+            "rewind", seconds=0.4, incident=incident, rung=rung, from_step=from_step,
+            to_step=to_step, from_clock=self.clock, skip=entry["skip"], reason=entry["reason"],
+        )  # fmt: skip
+        self.step = to_step
 
     def crash(self, back_to_step: int) -> None:
         self.spend("restart", 30.0)
@@ -139,4 +176,36 @@ def play_recovered_run(script: RunScript) -> None:
     script.spend("evaluation", 5.0)
     script.event("evaluation", seconds=5.0, loss_nats=3.22)
     script.save()
+    script.event("run_end", reason="completed")
+
+
+def play_ladder_run(script: RunScript) -> None:
+    """A spike that a replay does not heal and a skip does, a second one cooled, and an operator."""
+    script.start()
+    script.train(100)
+    script.record(9, "replay", "observed", target_checkpoint="step-00000050-clock-00000050")
+    script.train(50)
+    script.save()
+    script.spend("checkpoint", 0.02)
+    script.event("snapshot", seconds=0.02)
+    for attempt, rung, skip in ((1, "replay", [1200, 1200]), (2, "skip", [1200, 1264])):
+        script.train(30, kept=False)
+        script.train(4, verdict="spike", kept=False, bump=14.0)
+        script.climb(1, attempt, rung, 150, skip=skip)
+    script.train(60)
+    script.train(1, verdict="nonfinite", kept=False)
+    script.record(0, "veto", verdict="nonfinite", reason="nonfinite at step 211; refused")
+    script.train(39)
+    script.record(2, "skip_ahead", rule="operator", verdict="", skip=[2000, 2100], request="a")
+    script.event("ledger_change", incident=2, rung="skip_ahead", skip=[2000, 2100], returned=None)
+    script.train(20, kept=False)
+    script.train(3, verdict="divergence", kept=False, bump=9.0)
+    script.climb(3, 1, "cool", 250, skip=[2300, 2364], lr_scale=0.5, verdict="divergence")
+    script.lr_factor = 0.5
+    script.train(70)
+    script.lr_factor = 1.0
+    script.record(
+        4, "unskip", rule="operator", verdict="", returned=[9000, 1200, 1264], request="b"
+    )
+    script.train(80)
     script.event("run_end", reason="completed")

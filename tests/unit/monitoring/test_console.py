@@ -72,6 +72,16 @@ def test_summary_goes_to_stdout_with_each_incident(
         assert text in captured.out
 
 
+def test_summary_names_each_attempt_and_what_it_did(
+    ladder_run: RunScript, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    print_summary({"name": "run"}, collect_incidents(read_run(ladder_run.folder)))
+    out = capsys.readouterr().out
+    for text in ("1.2", "put back", "cool, rate x 0.5", "-64 [1,200, 1,264)", "observed"):
+        assert text in out
+
+
 def test_summary_of_a_run_that_says_little(capsys: pytest.CaptureFixture[str]) -> None:
     print_summary({"name": "[x]", "reason": "stopped"}, [{"incident": 1}])
     assert "stopped" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from synthetic_run import RunScript
 
 from monitoring.comparison import Curve, write_comparison
 from monitoring.figure import MAX_POINTS, build_figure, decimate
+from monitoring.incidents import collect_incidents
 from monitoring.records import read_run
 from monitoring.report import page_content, write_report
 from monitoring.ticks import log_ticks, nice_ticks
@@ -126,7 +127,58 @@ def test_incident_that_was_never_finished_says_so(script: RunScript) -> None:
     script.rewind(1, to_step=2, skip=[0, 8])
     script.events.clear()
     script.journal.pop()
-    assert "not finished" in read_page(write_report(script.write()))[0]
+    assert "cut short" in read_page(write_report(script.write()))[0]
+
+
+def test_attempts_share_the_number_of_their_incident(ladder_run: RunScript) -> None:
+    rows: Any = page_content(read_run(ladder_run.folder))["incidents"]
+    told = [(row["id"], row["attempt"], row["rung"], row["is_first"]) for row in rows]
+    assert told[:3] == [
+        (1, 1, "replay", True),
+        (1, 2, "skip", False),
+        (2, 1, "skip ahead", True),
+    ]
+    assert [row["num_samples"] for row in rows] == ["0", "64", "100", "64", "-64", "0"]
+    assert rows[3]["lr"] == "\u00d7 0.5"
+    assert rows[0]["step"] == "181 \u2192 184"
+
+
+def test_stop_shows_its_code(script: RunScript) -> None:
+    script.record(1, "stop", code="rewinds_used_up", reason="twenty of them", verdict="")
+    text, _ = read_page(write_report(script.write()))
+    assert "rewinds_used_up: twenty of them" in text
+
+
+def test_chart_marks_each_kind_of_act_with_its_own_shape(ladder_run: RunScript) -> None:
+    run = read_run(ladder_run.folder)
+    figure: Any = build_figure(run, collect_incidents(run))
+    marks = {
+        trace["name"]: trace for trace in figure["data"] if "symbol" in trace.get("marker", {})
+    }
+    symbols = {name: trace["marker"]["symbol"] for name, trace in marks.items()}
+    assert symbols == {
+        "spike": "x",
+        "rewind": "triangle-left",
+        "skip ahead": "triangle-right",
+        "put back": "triangle-down",
+        "observed": "circle-open",
+    }
+    assert marks["rewind"]["x"] == [184, 218, 341]
+    low, high = (10**end for end in figure["layout"]["yaxis"]["range"])
+    assert all(low < y < high for name in marks for y in marks[name]["y"])
+    labels = [item["text"] for item in figure["layout"]["annotations"]]
+    assert "#3 cool \u00d7 0.5  step 273 \u2192 250" in labels
+    rates = next(trace["y"] for trace in figure["data"] if trace["name"] == "learning rate")
+    assert rates[341] == pytest.approx(rates[340] / 2, rel=0.1)
+
+
+def test_reason_that_is_html_is_shown_as_text_on_hover(script: RunScript) -> None:
+    script.train(5)
+    script.record(1, "stop", reason="<b>a & b</b>")
+    run = read_run(script.write())
+    figure: Any = build_figure(run, collect_incidents(run))
+    (stop,) = (trace for trace in figure["data"] if trace["name"] == "stop")
+    assert stop["text"] == ["#1 stop: &lt;b&gt;a &amp; b&lt;/b&gt;"]
 
 
 def test_failed_write_leaves_the_old_report_and_no_litter(
@@ -151,7 +203,7 @@ def test_spike_above_the_axis_is_clipped_to_its_edge(script: RunScript) -> None:
     script.train(50)
     script.train(2, verdict="spike", bump=1e6)
     script.train(50)
-    figure: Any = build_figure(read_run(script.write()))
+    figure: Any = build_figure(read_run(script.write()), [])
     spikes = next(trace for trace in figure["data"] if trace["name"] == "spike")
     calm_top = max(float(str(record["loss_nats"])) for record in script.metrics[:50])
     assert max(spikes["y"]) == pytest.approx(3 * calm_top, rel=1e-3)
@@ -160,7 +212,7 @@ def test_spike_above_the_axis_is_clipped_to_its_edge(script: RunScript) -> None:
 def test_long_run_is_thinned_and_keeps_its_extremes(script: RunScript) -> None:
     script.train(20_000)
     script.metrics[12_345]["loss_nats"] = 9e9
-    figure: Any = build_figure(read_run(script.write()))
+    figure: Any = build_figure(read_run(script.write()), [])
     loss = next(trace for trace in figure["data"] if trace["name"] == "loss")
     assert len(loss["y"]) <= MAX_POINTS
     assert max(loss["y"]) == 9e9

@@ -256,8 +256,8 @@ def test_engine_with_the_fault_goes_wrong_at_its_step_and_not_before(config_of: 
     engine = inject_into_engine(build_engine(config, ONLY), config, ONLY)
     signals = run_steps(engine, 0, START + 1)
     assert signals[:START] == plain
-    # Such a weight may drown the loss or break it; it does not leave it as it was.
-    assert not signals[START].loss_nats < plain[-1].loss_nats + 0.05
+    # A weight that drowns all others in its layer also stops the gradients of the layers below.
+    assert signals[START].grad_norm < 0.1 * plain[-1].grad_norm
 
 
 # The NaN.
@@ -270,7 +270,7 @@ def test_output_is_nan_at_its_clocks_alone_and_the_update_is_refused(config_of: 
     bad = [step for step, signal in enumerate(signals) if not signal.is_finite]
     assert bad == list(range(START, START + LENGTH))
     assert all(signals[step].is_vetoed and signals[step].bad_rank == 0 for step in bad)
-    assert torch.isfinite(torch.cat([p.detach().flatten() for p in engine.model.parameters()])).all()
+    assert all(parameter.isfinite().all() for parameter in engine.model.parameters())
 
 
 def test_evaluation_amid_the_fault_is_sound(config_of: ConfigOf) -> None:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from fakes import Process
 
 import train.callbacks
 from monitoring.console import ConsoleProgress
 from train.callbacks.tracking import Telemetry
-from train.checkpoint.store import CheckpointStore
-from train.distributed import World
+from train.checkpoint.tiers import Tiers
 from train.events import Callback, CallbackPhase, Events
+from train.recovery.history import RecoveryHistory
 from train.schedule import Schedule
 from train.settings import RunConfig
 from train.signals import StepReport, StepSignals
 from train.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 FOLDER = Path(inspect.getfile(train.callbacks)).parent
 MODULES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
@@ -43,9 +45,6 @@ def make(
 ) -> Callable[[str], Callback]:
     """Return a function from a module's name to its callback, made of real parts."""
     config, node = compose_config()
-    world = World(rank=0, size=1, device=torch.device("cpu"))
-    store = CheckpointStore(tmp_path / "checkpoints", world, keep_good=2)
-    store.open()
     telemetry = Telemetry(
         folder=tmp_path,
         run_id="id",
@@ -60,7 +59,8 @@ def make(
         group_names=(),
     )
     parts: dict[type, object] = {
-        CheckpointStore: store,
+        Tiers: Process(tmp_path).tiers,
+        RecoveryHistory: RecoveryHistory(),
         Schedule: Schedule(config.schedule, peak_lr=1.0, num_steps=10),
         Telemetry: telemetry,
         ConsoleProgress: ConsoleProgress(10, "run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from train.distributed import World
 from train.errors import CheckpointError, CorruptCheckpointError
 from train.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("fast_disk")
+
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 EXTRA: dict[str, object] = {"ledger": [[0, 5]], "callbacks": {"a": {"b": 1}}}
 
@@ -24,6 +27,9 @@ class FileEngine:
 
     name = "file"
     can_veto = True
+    can_snapshot = False
+    state_bytes = 0
+    model: Any = None
     checkpoint_format = "file"
     num_parameters = 0
     group_names = ()
@@ -35,7 +41,19 @@ class FileEngine:
     def step(self, *args: object, **kwargs: object) -> Any:
         raise NotImplementedError
 
+    def recent_sample_losses(self) -> Any:
+        raise NotImplementedError
+
     def evaluate(self, rows: object) -> float:
+        raise NotImplementedError
+
+    def snapshot(self, reuse: object = None) -> Any:
+        raise NotImplementedError
+
+    def restore(self, snapshot: object) -> None:
+        raise NotImplementedError
+
+    def state_digest(self) -> str:
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -73,6 +91,10 @@ def save(
 
 def steps(store: CheckpointStore) -> list[int]:
     return [info.step for info in store.entries()]
+
+
+def entry(store: CheckpointStore, step: int) -> CheckpointInfo:
+    return next(info for info in store.entries() if info.step == step)
 
 
 def test_checkpoint_comes_back_with_everything_that_was_given(
@@ -218,6 +240,34 @@ def test_a_rule_that_goes_far_back_finds_its_target_kept(
     for step in range(10):
         save(store, engine, step, Health.GOOD)
     assert steps(store) == [5, 6, 7, 8, 9], "the newest, back to one that is four steps older"
+
+
+def test_checkpoints_that_someone_still_needs_are_kept(tmp_path: Path, engine: FileEngine) -> None:
+    needed: set[str] = set()
+    store = CheckpointStore(
+        tmp_path / "checkpoints", WORLD, keep_good=2, kept=lambda: frozenset(needed)
+    )
+    store.open()
+    needed |= {save(store, engine, step, Health.GOOD).name for step in (1, 2)}
+    save(store, engine, 3, Health.GOOD)
+    store.quarantine(entry(store, 2).name, "made after the target")
+    for step in (4, 5, 6):
+        save(store, engine, step, Health.GOOD)
+    assert steps(store) == [1, 2, 5, 6], "a quarantined one among them"
+    needed.clear()
+    save(store, engine, 7, Health.GOOD)
+    assert steps(store) == [6, 7]
+    assert steps(opened(tmp_path)) == [6, 7]
+
+
+def test_checkpoint_removed_by_hand_does_not_end_the_run(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    for step in (1, 2):
+        save(store, engine, step, Health.GOOD)
+    shutil.rmtree(entry(store, 1).path)
+    save(store, engine, 3, Health.GOOD)
+    assert steps(store) == [2, 3]
 
 
 def test_folders_that_should_be_checkpoints_are_named_and_never_removed(

@@ -89,6 +89,7 @@ def test_slabs_have_at_most_their_size(slab_bytes: int, copier: SnapshotCopier) 
 def test_no_flipped_bit_is_restored(copier: SnapshotCopier) -> None:
     tensors = state()
     snapshot = copier.take(tensors, {}, None)
+    snapshot.wait()
     for tensor in tensors.values():
         tensor.zero_()
     before = copies(tensors)
@@ -108,6 +109,7 @@ def test_no_flipped_bit_is_restored(copier: SnapshotCopier) -> None:
 def test_refusal_names_the_tensor(copier: SnapshotCopier) -> None:
     tensors = state()
     snapshot = copier.take(tensors, {}, None)
+    snapshot.wait()
     for slot in snapshot.slots:
         if slot.num_bytes:
             snapshot.slabs[0][slot.offset] ^= 1
@@ -174,7 +176,7 @@ def test_tensor_with_gaps_is_refused(copier: SnapshotCopier) -> None:
 
 def test_digest_is_that_of_the_bytes_wherever_they_lie() -> None:
     tensors = state()
-    assert not tensors["view"].storage_offset() % 8 == 0
+    assert tensors["view"].storage_offset() % 8 != 0
     assert state_digest(tensors) == state_digest(copies(tensors))
 
 
@@ -192,14 +194,12 @@ def test_digest_agrees_with_the_checksums_of_a_copy(
 
 def test_digest_sees_every_bit_and_every_name() -> None:
     tensors = state()
-    digests = {state_digest(tensors)}
-    num_bits = 0
+    digest = state_digest(tensors)
     for tensor in tensors.values():
         flat = tensor.view(-1).view(torch.uint8)
         for position in range(len(flat)):
             flat[position] ^= 64
-            digests.add(state_digest(tensors))
+            assert state_digest(tensors) != digest
             flat[position] ^= 64
-            num_bits += 1
-    renamed = {f"{name}_": tensor for name, tensor in tensors.items()}
-    assert len(digests | {state_digest(renamed)}) == num_bits + 2
+    assert state_digest(tensors) == digest
+    assert state_digest({f"{name}_": tensor for name, tensor in tensors.items()}) != digest

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from train.errors import JournalError
-from train.recovery.journal import Incident, Journal, Phase, finished, now_utc, pending
+from train.recovery.journal import Incident, Journal, Phase, now_utc, pending
+from train.recovery.policy import Rung
 from train.state import BatchRange
 
 INTENT = Incident(
@@ -31,6 +32,45 @@ INTENT = Incident(
 )
 DONE = replace(INTENT, phase=Phase.DONE)
 SECOND = replace(INTENT, incident=2, clock=70, quarantine=())
+FULL = replace(
+    DONE,
+    rung=Rung.COOL,
+    attempt=5,
+    rewinds=7,
+    code="a_code",
+    lr_scale=0.1,
+    lr_from_step=40,
+    lr_until_step=1_060,
+    lr_return_step=2_060,
+    returned=(9000, 640, 900),
+    kept=("step-00000020-clock-00000020", "step-00000040-clock-00000040"),
+    request="20260101-000000-abc",
+)
+SINGLE = replace(DONE, target_checkpoint="", target_step=52, skip=(0, 0), quarantine=())
+OTHERS = [
+    replace(SINGLE, rung=Rung.VETO, incident=0),
+    replace(INTENT, rung=Rung.REPLAY, phase=Phase.OBSERVED),
+    replace(SINGLE, rung=Rung.STOP, phase=Phase.OBSERVED),
+    replace(SINGLE, rung=Rung.SKIP_AHEAD, skip=(900, 1000)),
+    replace(SINGLE, rung=Rung.UNSKIP, returned=(9000, 640, 900)),
+    replace(SINGLE, rung=Rung.STOP, code="ladder_exhausted"),
+]
+# As they were written before there were rungs: neither a field more nor one less.
+OLD_FIELDS = (
+    "incident",
+    "phase",
+    "time",
+    "rule",
+    "reason",
+    "verdict",
+    "onset_step",
+    "detected_step",
+    "clock",
+    "target_checkpoint",
+    "target_step",
+    "skip",
+    "quarantine",
+)
 
 
 def journal_of(folder: Path, *incidents: Incident) -> Journal:
@@ -53,6 +93,24 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     journal = journal_of(tmp_path, INTENT, DONE, SECOND)
     assert journal.read() == [INTENT, DONE, SECOND]
     assert Journal(journal.path).read()[0].skip_range == BatchRange(start=640, stop=900)
+
+
+def test_every_field_comes_back_as_it_was(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, FULL, *OTHERS)
+    assert journal.read() == [FULL, *OTHERS]
+    assert type(journal.read()[0].rung) is Rung
+
+
+def test_records_from_before_there_were_rungs_can_be_read(tmp_path: Path) -> None:
+    record = asdict(INTENT)
+    line = sealed_line({name: record[name] for name in OLD_FIELDS})
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.path.write_text(line)
+    assert journal.read() == [INTENT]
+    assert pending(journal.read()) == INTENT
+    journal.append(DONE)
+    assert journal.path.read_text().startswith(line)
+    assert journal.read() == [INTENT, DONE]
 
 
 def test_append_leaves_earlier_lines_as_they_were(tmp_path: Path) -> None:
@@ -129,6 +187,11 @@ def test_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
     "change",
     [
         {"phase": "thinking"},
+        {"rung": "jump"},
+        {"rung": None},
+        {"kept": None},
+        {"returned": [1, 2]},
+        {"returned": "x"},
         {"skip": [1]},
         {"skip": None},
         {"skip": ["a", "b"]},
@@ -162,8 +225,18 @@ def test_intent_without_done_is_pending() -> None:
     assert pending([INTENT, DONE, SECOND]) == SECOND
 
 
-def test_only_done_records_are_finished() -> None:
-    assert finished([INTENT, DONE, SECOND]) == [DONE]
+@pytest.mark.parametrize("between", OTHERS, ids=[str(record.rung) for record in OTHERS])
+def test_what_has_no_parts_neither_opens_nor_closes_a_rewind(between: Incident) -> None:
+    assert pending([between]) is None
+    assert pending([INTENT, between]) == INTENT
+    assert pending([INTENT, between, DONE]) is None
+    assert pending([between, INTENT, DONE, between]) is None
+    assert pending([INTENT, DONE, between, SECOND, between]) == SECOND
+
+
+def test_only_what_goes_back_is_a_rewind() -> None:
+    assert INTENT.is_rewind and DONE.is_rewind
+    assert not any(record.is_rewind for record in OTHERS)
 
 
 def test_time_is_utc() -> None:

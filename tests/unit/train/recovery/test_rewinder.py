@@ -2,112 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from fakes import BATCH_SAMPLES, Killed, Process, at, corrupt_snapshot, rewind_to
 
-from train.actions import Rewind
+from train.actions import Note, Skip, Stop, Unskip
 from train.checkpoint.info import Health
-from train.checkpoint.store import CheckpointStore
-from train.data.ledger import SkipLedger
-from train.distributed import World
+from train.checkpoint.snapshots import snapshot_name
 from train.errors import CorruptCheckpointError, JournalError
-from train.events import Callback, Events
-from train.recovery.journal import Journal, Phase
-from train.recovery.rewind import Rewinder
-from train.state import TrainState
+from train.recovery.journal import Journal, Phase, pending
+from train.recovery.policy import Rung
+from train.recovery.rewind import Resumed
+from train.state import BatchRange, TrainState
 
-WORLD = World(rank=0, size=1, device=torch.device("cpu"))
-
-
-class Killed(BaseException):
-    """Stands for a SIGKILL: nothing catches it."""
-
-
-class NumberEngine:
-    """Its whole model is one number."""
-
-    name = "number"
-    can_veto = True
-    checkpoint_format = "number"
-    num_parameters = 1
-    group_names = ()
-
-    def __init__(self) -> None:
-        self.number = 0
-
-    def step(self, *args: object, **kwargs: object) -> Any:
-        raise NotImplementedError
-
-    def evaluate(self, rows: object) -> float:
-        raise NotImplementedError
-
-    def save(self, folder: Path) -> None:
-        (folder / "number.bin").write_text(str(self.number))
-
-    def load(self, folder: Path) -> None:
-        self.number = int((folder / "number.bin").read_text())
-
-
-class Counter(Callback):
-    """A callback with state."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def state_dict(self) -> dict[str, object]:
-        return {"count": self.count}
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        self.count = int(str(state["count"]))
-
-
-class Process:
-    """All that one process of a run holds; a new one over the same folder is a restart."""
-
-    def __init__(self, folder: Path) -> None:
-        self.engine, self.counter, self.ledger = NumberEngine(), Counter(), SkipLedger()
-        self.store = CheckpointStore(folder / "checkpoints", WORLD, keep_good=5)
-        self.store.open()
-        self.journal = Journal(folder / "journal.jsonl")
-        self.rewinder = Rewinder(
-            store=self.store,
-            journal=self.journal,
-            ledger=self.ledger,
-            engine=self.engine,
-            events=Events([self.counter], is_main=True),
-            world=WORLD,
-        )
-
-    def save(self, step: int, health: Health) -> None:
-        self.engine.number = self.counter.count = step
-        extra = {
-            "ledger": self.ledger.ranges(),
-            "callbacks": {"Counter": self.counter.state_dict()},
-        }
-        self.store.save(self.engine, at(step), extra, health=health)
-
-
-def at(step: int, *, rewinds: int = 0) -> TrainState:
-    return TrainState(step=step, cursor=16 * step, clock=step, tokens_seen=step, rewinds=rewinds)
-
-
-def action(target_step: int = 40, *, amount: int = 100) -> Rewind:
-    return Rewind(
-        target=f"step-{target_step:08d}-clock-{target_step:08d}",
-        target_step=target_step,
-        skip_from=16 * target_step,
-        skip_amount=amount,
-        rule="falcon",
-        verdict="spike",
-        onset_step=58,
-        detected_step=60,
-        reason="spike",
-    )
-
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 AFTER = TrainState(step=40, cursor=640, clock=61, tokens_seen=40, rewinds=1)
 SKIPPED = [(640, 16 * 61)]
@@ -115,6 +27,7 @@ SKIPPED = [(640, 16 * 61)]
 
 @pytest.fixture
 def process(tmp_path: Path) -> Process:
+    """A run at step 61 that has its checkpoints on disk alone."""
     made = Process(tmp_path)
     made.save(0, Health.GOOD)
     made.save(20, Health.GOOD)
@@ -123,30 +36,134 @@ def process(tmp_path: Path) -> Process:
     return made
 
 
+@pytest.fixture
+def with_memory(tmp_path: Path) -> Process:
+    """The same with step 40 on disk and in memory, and step 50 in memory alone."""
+    made = Process(tmp_path)
+    made.save(0, Health.GOOD)
+    made.save(20, Health.GOOD)
+    made.save(40, Health.GOOD, to_memory=True)
+    made.save(50, Health.GOOD, to_disk=False, to_memory=True)
+    made.save(60, Health.CANDIDATE, to_memory=True)
+    return made
+
+
 def health_of(process: Process, step: int) -> Health:
-    return next(info.health for info in process.store.entries() if info.step == step)
+    return process.entry(step).health
+
+
+def taken_up(process: Process) -> Resumed:
+    resumed = process.rewinder.resume()
+    assert resumed is not None
+    return resumed
+
+
+def die(*args: object, **kwargs: object) -> None:
+    raise Killed
+
+
+def spoil(process: Process, step: int) -> None:
+    (process.entry(step).path / "number.bin").write_text("x")
+
+
+# A rewind.
 
 
 def test_rewind_restores_model_callbacks_and_state_but_not_the_history(process: Process) -> None:
-    state, incident = process.rewinder.rewind(action(), at(61))
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
     assert state == AFTER
     assert process.engine.number == process.counter.count == 40
     assert process.ledger.ranges() == SKIPPED
     assert health_of(process, 60) is Health.QUARANTINED
     assert incident.phase is Phase.DONE
-    assert incident.quarantine == ("step-00000060-clock-00000060",)
+    assert incident.quarantine == (snapshot_name(at(60)),)
     assert [record.phase for record in process.journal.read()] == [Phase.INTENT, Phase.DONE]
+    assert list(process.history.records) == process.journal.read()
 
 
-def test_second_rewind_has_the_next_number_and_adds_to_the_skips(process: Process) -> None:
-    process.rewinder.rewind(action(), at(61))
+def test_second_rewind_counts_on_and_adds_to_the_skips(process: Process) -> None:
+    process.rewinder.rewind(rewind_to(40), at(61))
     state, incident = process.rewinder.rewind(
-        action(20), TrainState(step=45, cursor=1200, clock=66, rewinds=1)
+        rewind_to(20, incident=2), TrainState(step=45, cursor=1200, clock=66, rewinds=1)
     )
-    assert (incident.incident, state.rewinds) == (2, 2)
+    assert (incident.incident, incident.rewinds, state.rewinds) == (2, 2, 2)
     assert (state.step, state.clock) == (20, 66)
     assert process.ledger.ranges() == [(320, 1200)]
     assert health_of(process, 40) is Health.QUARANTINED
+
+
+def test_what_was_decided_is_in_the_journal(process: Process) -> None:
+    action = rewind_to(
+        40,
+        incident=3,
+        attempt=5,
+        rung=Rung.COOL,
+        rule="ladder",
+        verdict="divergence",
+        lr_scale=0.5,
+        lr_until_step=160,
+        lr_return_step=260,
+        request="r-1",
+    )
+    _, incident = process.rewinder.rewind(action, at(61))
+    assert (incident.incident, incident.attempt, incident.rung) == (3, 5, Rung.COOL)
+    assert (incident.rule, incident.verdict, incident.reason) == ("ladder", "divergence", "spike")
+    assert (incident.onset_step, incident.detected_step, incident.clock) == (58, 60, 61)
+    assert (incident.lr_scale, incident.lr_from_step) == (0.5, 40)
+    assert (incident.lr_until_step, incident.lr_return_step) == (160, 260)
+    assert incident.request == "r-1"
+    assert process.history.lr_factor_at(100) == 0.5
+
+
+def test_replay_skips_nothing(process: Process) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40, amount=0, rung=Rung.REPLAY), at(61))
+    assert state == AFTER
+    assert len(incident.skip_range) == 0
+    assert process.ledger.ranges() == []
+
+
+def test_skip_covers_what_was_seen_and_the_margin(process: Process) -> None:
+    process.rewinder.rewind(rewind_to(40, amount=10, margin=64), at(61))
+    assert process.ledger.ranges() == [(640, 16 * 61 + 64)]
+
+
+def test_exact_skip_covers_its_amount_alone(process: Process) -> None:
+    process.rewinder.rewind(rewind_to(40, amount=10, margin=64, is_exact=True), at(61))
+    assert process.ledger.ranges() == [(640, 650)]
+
+
+def test_evidence_is_kept_before_anything_is_replaced(process: Process) -> None:
+    state = at(61)
+    process.engine.number = 61
+    process.rewinder.rewind(rewind_to(40), state)
+    ((intent, seen, number),) = process.evidence.captured
+    assert (seen, number) == (state, 61)
+    assert intent.phase is Phase.INTENT
+
+
+@pytest.mark.parametrize("amount", [50, 5000])
+def test_second_rewind_of_an_incident_to_the_same_target_skips_fresh_data(
+    amount: int, process: Process
+) -> None:
+    process.rewinder.rewind(rewind_to(40, amount=amount), at(61))
+    (first,) = process.ledger.ranges()
+    # Two steps after the first skip, the data is still bad.
+    again = TrainState(step=42, cursor=first[1] + 32, clock=63, rewinds=1)
+    process.rewinder.rewind(rewind_to(40, amount=amount, attempt=2), again)
+    (second,) = process.ledger.ranges()
+    assert second[1] - first[1] == max(amount, 32)
+
+
+def test_rewind_before_an_earlier_skip_reaches_beyond_it(process: Process) -> None:
+    process.rewinder.rewind(rewind_to(40, amount=500), at(61))
+    ((_, stop),) = process.ledger.ranges()
+    again = TrainState(step=42, cursor=stop + 32, clock=63, rewinds=1)
+    process.rewinder.rewind(rewind_to(20, amount=1000, rung=Rung.SKIP_FURTHER), again)
+    assert process.ledger.ranges() == [(320, 1320)]
+    assert stop + 32 < 1320
+
+
+# Taking up.
 
 
 def test_fresh_folder_has_nothing_to_take_up(tmp_path: Path) -> None:
@@ -155,8 +172,7 @@ def test_fresh_folder_has_nothing_to_take_up(tmp_path: Path) -> None:
 
 def test_restart_takes_up_the_youngest_checkpoint(process: Process, tmp_path: Path) -> None:
     restarted = Process(tmp_path)
-    resumed = restarted.rewinder.resume()
-    assert resumed is not None
+    resumed = taken_up(restarted)
     assert resumed.state == at(60)
     assert resumed.finished_incident is None
     assert restarted.engine.number == restarted.counter.count == 60
@@ -165,40 +181,26 @@ def test_restart_takes_up_the_youngest_checkpoint(process: Process, tmp_path: Pa
 def test_restart_after_a_rewind_keeps_skips_clock_and_count(
     process: Process, tmp_path: Path
 ) -> None:
-    process.rewinder.rewind(action(), at(61))
+    process.rewinder.rewind(rewind_to(40), at(61))
     restarted = Process(tmp_path)
-    resumed = restarted.rewinder.resume()
-    assert resumed is not None
+    resumed = taken_up(restarted)
     assert resumed.state == AFTER
     assert resumed.finished_incident is None
     assert restarted.ledger.ranges() == SKIPPED
+    assert restarted.history.records == process.history.records
 
 
 @pytest.mark.parametrize("phase", ["intent", "load", "quarantine", "done"])
 def test_kill_at_any_phase_of_a_rewind_ends_in_the_same_decision(
     phase: str, process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(*args: object) -> None:
-        raise Killed
-
-    def append_then_kill(incident: Any) -> None:
-        Journal.append(process.journal, incident)
-        if incident.phase is Phase(phase):
-            raise Killed
-
-    if phase in ("intent", "done"):
-        monkeypatch.setattr(process.journal, "append", append_then_kill)
-    elif phase == "load":
-        monkeypatch.setattr(process.engine, "load", kill)
-    else:
-        monkeypatch.setattr(process.store, "quarantine", kill)
+    kill_at(phase, process, monkeypatch)
     with pytest.raises(Killed):
-        process.rewinder.rewind(action(), at(61))
+        process.rewinder.rewind(rewind_to(40), at(61))
 
     for _ in range(2):  # a second restart changes nothing
         restarted = Process(tmp_path)
-        resumed = restarted.rewinder.resume()
-        assert resumed is not None
+        resumed = taken_up(restarted)
         assert resumed.state == AFTER
         assert restarted.engine.number == restarted.counter.count == 40
         assert restarted.ledger.ranges() == SKIPPED
@@ -207,26 +209,67 @@ def test_kill_at_any_phase_of_a_rewind_ends_in_the_same_decision(
         assert phases == [Phase.INTENT, Phase.DONE]
 
 
+def kill_at(phase: str, process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    def append_then_kill(incident: Any) -> None:
+        Journal.append(process.journal, incident)
+        if incident.phase is Phase(phase):
+            raise Killed
+
+    if phase in ("intent", "done"):
+        monkeypatch.setattr(process.journal, "append", append_then_kill)
+    elif phase == "load":
+        monkeypatch.setattr(process.engine, "load", die)
+        monkeypatch.setattr(process.engine, "restore", die)
+    else:
+        monkeypatch.setattr(process.store, "quarantine", die)
+
+
+def test_restart_that_finishes_a_rewind_says_which(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at("intent", process, monkeypatch)
+    with pytest.raises(Killed):
+        process.rewinder.rewind(rewind_to(40, incident=4), at(61))
+    resumed = taken_up(Process(tmp_path))
+    assert resumed.finished_incident is not None
+    assert resumed.finished_incident.incident == 4
+    assert resumed.checkpoint.step == 40
+
+
+def test_notes_after_an_intent_do_not_close_it(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at("intent", process, monkeypatch)
+    with pytest.raises(Killed):
+        process.rewinder.rewind(rewind_to(40), at(61))
+    (intent,) = process.journal.read()
+    process.journal.append(replace(intent, phase=Phase.OBSERVED, incident=7))
+    assert taken_up(Process(tmp_path)).state == AFTER
+
+
+def test_rewind_before_there_were_rungs_is_finished(process: Process, tmp_path: Path) -> None:
+    """Its record knows neither its rung nor how many rewinds there were."""
+    _, done = process.rewinder.rewind(rewind_to(40), at(61))
+    process.journal.path.unlink()
+    process.journal.append(replace(done, phase=Phase.INTENT, rewinds=0, kept=()))
+    assert taken_up(Process(tmp_path)).state.cursor == AFTER.cursor
+
+
 def test_corrupt_youngest_checkpoint_is_quarantined_and_the_one_before_taken(
     process: Process, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (process.store.entries()[-1].path / "number.bin").write_text("61")
+    spoil(process, 60)
     restarted = Process(tmp_path)
-    resumed = restarted.rewinder.resume()
-    assert resumed is not None
-    assert resumed.state.step == 40
+    assert taken_up(restarted).state.step == 40
     assert health_of(restarted, 60) is Health.QUARANTINED
     assert "is corrupt" in caplog.text
 
 
 def test_corrupt_target_falls_back_to_the_good_one_before(process: Process) -> None:
-    (process.store.entries()[2].path / "number.bin").write_text("41")
-    state, incident = process.rewinder.rewind(action(), at(61))
+    spoil(process, 40)
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
     assert (state.step, state.cursor) == (20, 320)
-    assert (incident.target_step, incident.target_checkpoint) == (
-        20,
-        "step-00000020-clock-00000020",
-    )
+    assert (incident.target_step, incident.target_checkpoint) == (20, snapshot_name(at(20)))
     assert process.ledger.ranges() == SKIPPED
     assert health_of(process, 40) is Health.QUARANTINED
 
@@ -234,32 +277,421 @@ def test_corrupt_target_falls_back_to_the_good_one_before(process: Process) -> N
 def test_no_readable_checkpoint_is_an_error_with_the_way_out(
     process: Process, tmp_path: Path
 ) -> None:
-    for info in process.store.entries():
-        (info.path / "number.bin").write_text("x")
+    for step in (0, 20, 40, 60):
+        spoil(process, step)
     with pytest.raises(CorruptCheckpointError, match=r"none of 4 checkpoints .* can be read"):
         Process(tmp_path).rewinder.resume()
 
 
-def test_intent_to_a_checkpoint_that_is_gone_is_an_error_with_the_way_out(
+def test_checkpoints_that_are_all_quarantined_are_an_error_with_the_way_out(
+    process: Process, tmp_path: Path
+) -> None:
+    for info in process.store.entries():
+        process.store.quarantine(info.name, "bad")
+    with pytest.raises(CorruptCheckpointError, match=r"quarantined.*run\.overwrite=true"):
+        Process(tmp_path).rewinder.resume()
+
+
+def test_target_that_has_vanished_gives_way_to_the_good_one_before(
     process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def kill(*args: object) -> None:
-        raise Killed
-
-    monkeypatch.setattr(process.engine, "load", kill)
+    kill_at("load", process, monkeypatch)
     with pytest.raises(Killed):
-        process.rewinder.rewind(action(), at(61))
-    gone = next(info.path for info in process.store.entries() if info.step == 40)
-    gone.rename(tmp_path / "elsewhere")
+        process.rewinder.rewind(rewind_to(40), at(61))
+    process.entry(40).path.rename(tmp_path / "elsewhere")
+    restarted = Process(tmp_path)
+    assert taken_up(restarted).state.step == 20
+    assert restarted.ledger.ranges() == SKIPPED
+
+
+def test_intent_with_nothing_to_go_back_to_is_an_error_with_the_way_out(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at("load", process, monkeypatch)
+    with pytest.raises(Killed):
+        process.rewinder.rewind(rewind_to(40), at(61))
+    for step in (0, 20, 40):
+        process.entry(step).path.rename(tmp_path / f"elsewhere-{step}")
     with pytest.raises(JournalError, match=r"put it back, or start over with run\.overwrite=true"):
         Process(tmp_path).rewinder.resume()
 
 
-def test_second_rewind_to_the_same_target_skips_its_amount_anew(process: Process) -> None:
-    amount = 5000
-    process.rewinder.rewind(action(amount=amount), at(61))
-    assert process.ledger.num_samples() == amount
-    # Two steps after the first skip, the data is still bad.
-    again = TrainState(step=42, cursor=640 + amount + 32, clock=63, rewinds=1)
-    process.rewinder.rewind(action(amount=amount), again)
-    assert process.ledger.num_samples() == 2 * amount
+def test_record_that_cannot_be_written_ends_the_run_before_anything_is_done(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(incident: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    process.engine.number = 61
+    monkeypatch.setattr(process.journal, "append", full)
+    with pytest.raises(JournalError, match=r"cannot be written \(No space left on device\)"):
+        process.rewinder.rewind(rewind_to(40), at(61))
+    assert process.engine.number == 61
+    assert process.history.records == ()
+    assert health_of(process, 60) is Health.CANDIDATE
+
+
+# From memory, and from disk when that fails.
+
+
+def test_memory_comes_before_disk(with_memory: Process) -> None:
+    state, incident = with_memory.rewinder.rewind(rewind_to(40), at(61))
+    assert state == AFTER
+    assert with_memory.engine.number == with_memory.counter.count == 40
+    assert (with_memory.engine.num_restores, with_memory.engine.num_loads) == (1, 0)
+    assert incident.target_checkpoint == snapshot_name(at(40))
+
+
+def test_memory_and_disk_lead_to_the_same_records(with_memory: Process, tmp_path: Path) -> None:
+    disk = Process(tmp_path / "disk", keep_snapshots=0)
+    for step, health in ((0, Health.GOOD), (20, Health.GOOD), (40, Health.GOOD)):
+        disk.save(step, health)
+    disk.save(60, Health.CANDIDATE)
+    found = []
+    for process in (with_memory, disk):
+        state, incident = process.rewinder.rewind(rewind_to(40), at(61))
+        found.append((state, replace(incident, time=""), process.ledger.ranges()))
+    assert found[0] == found[1]
+
+
+def test_snapshot_that_fails_its_checksum_gives_way_to_the_same_state_on_disk(
+    with_memory: Process, caplog: pytest.LogCaptureFixture
+) -> None:
+    corrupt_snapshot(with_memory.ring, snapshot_name(at(40)))
+    state, incident = with_memory.rewinder.rewind(rewind_to(40), at(61))
+    assert state == AFTER
+    assert with_memory.engine.number == with_memory.counter.count == 40
+    assert with_memory.engine.num_loads == 1
+    assert incident.target_checkpoint == snapshot_name(at(40))
+    assert not with_memory.ring.holds(snapshot_name(at(40)))
+    assert "changed in host memory" in caplog.text and "falling back to disk" in caplog.text
+
+
+def test_state_that_is_spoilt_in_memory_and_on_disk_gives_way_to_an_older_one(
+    with_memory: Process,
+) -> None:
+    corrupt_snapshot(with_memory.ring, snapshot_name(at(40)))
+    spoil(with_memory, 40)
+    state, incident = with_memory.rewinder.rewind(rewind_to(40), at(61))
+    assert (state.step, incident.target_step) == (20, 20)
+    assert with_memory.engine.number == 20
+    assert with_memory.ledger.ranges() == SKIPPED
+
+
+def test_spoilt_state_that_was_in_memory_alone_gives_way_to_an_older_one_in_memory(
+    with_memory: Process,
+) -> None:
+    corrupt_snapshot(with_memory.ring, snapshot_name(at(50)))
+    state, _ = with_memory.rewinder.rewind(rewind_to(50), at(61))
+    assert (state.step, with_memory.engine.number) == (40, 40)
+    assert with_memory.engine.num_loads == 0
+    assert with_memory.ledger.ranges() == [(800, 16 * 61)]
+
+
+def test_snapshots_of_what_was_rewound_are_forgotten(with_memory: Process) -> None:
+    with_memory.rewinder.rewind(rewind_to(40), at(61))
+    assert [info.step for info in with_memory.ring.entries()] == [40]
+
+
+def test_state_in_memory_can_be_gone_back_to_twice(with_memory: Process) -> None:
+    for number in (1, 2):
+        state, _ = with_memory.rewinder.rewind(rewind_to(50, attempt=number), at(61))
+        assert state.step == with_memory.engine.number == 50
+        with_memory.engine.number = 61
+    assert with_memory.engine.num_loads == 0
+
+
+# A target that was in memory alone, and a process that is gone.
+
+
+def test_restart_without_the_target_trains_the_same_samples_and_skips_the_same(
+    with_memory: Process, tmp_path: Path
+) -> None:
+    state, _ = with_memory.rewinder.rewind(rewind_to(50, amount=300), at(61))
+    undisturbed = with_memory.samples(state, up_to_step=90)
+    restarted = Process(tmp_path)
+    resumed = taken_up(restarted)
+    assert (resumed.state.step, resumed.state.cursor) == (40, 640)
+    assert restarted.engine.number == 40
+    assert restarted.ledger.ranges() == with_memory.ledger.ranges() == [(800, 1100)]
+    assert restarted.samples(resumed.state, up_to_step=90) == [*range(640, 800), *undisturbed]
+
+
+@pytest.mark.parametrize("phase", ["intent", "load", "quarantine", "done"])
+def test_kill_at_any_phase_without_the_target_ends_in_the_same_data(
+    phase: str, with_memory: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at(phase, with_memory, monkeypatch)
+    with pytest.raises(Killed):
+        with_memory.rewinder.rewind(rewind_to(50, amount=300), at(61))
+    for _ in range(2):
+        restarted = Process(tmp_path)
+        state = taken_up(restarted).state
+        assert (state.step, state.cursor, state.clock, state.rewinds) == (40, 640, 61, 1)
+        assert restarted.engine.number == restarted.counter.count == 40
+        assert restarted.samples(state, up_to_step=70)[: 16 * 11] == [
+            *range(640, 800),
+            *range(1100, 1116),
+        ]
+        assert health_of(restarted, 60) is Health.QUARANTINED
+        assert pending(restarted.journal.read()) is None
+
+
+def test_replay_without_the_target_trains_the_same_samples_in_order(
+    with_memory: Process, tmp_path: Path
+) -> None:
+    with_memory.rewinder.rewind(rewind_to(50, amount=0, rung=Rung.REPLAY), at(61))
+    restarted = Process(tmp_path)
+    state = taken_up(restarted).state
+    assert restarted.samples(state, up_to_step=70) == list(range(640, 16 * 70))
+
+
+# What is kept for attribution.
+
+
+def test_last_two_good_checkpoints_up_to_the_target_are_named(with_memory: Process) -> None:
+    _, incident = with_memory.rewinder.rewind(rewind_to(40), at(61))
+    assert incident.kept == (snapshot_name(at(20)), snapshot_name(at(40)))
+
+
+def test_target_in_memory_alone_names_those_on_disk(with_memory: Process) -> None:
+    _, incident = with_memory.rewinder.rewind(rewind_to(50), at(61))
+    assert incident.kept == (snapshot_name(at(20)), snapshot_name(at(40)))
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_kept_checkpoints_outlive_retention(
+    is_restarted: bool, process: Process, tmp_path: Path
+) -> None:
+    process.rewinder.rewind(rewind_to(40), at(61))
+    if is_restarted:
+        process = Process(tmp_path)
+        taken_up(process)
+    for number in range(1, 10):
+        process.save(at(40 + 10 * number, clock=61 + 10 * number), Health.GOOD)
+    steps = {info.step for info in process.store.entries()}
+    assert {20, 40} <= steps
+    assert steps.isdisjoint({0, 60})
+
+
+# Notes and stops.
+
+
+def note(clock: int = 61, **fields: Any) -> Note:
+    wish: dict[str, Any] = {
+        "rule": "ladder",
+        "rung": Rung.VETO,
+        "incident": 0,
+        "attempt": 1,
+        "is_observed": False,
+        "verdict": "outlier",
+        "onset_step": 61,
+        "detected_step": 61,
+        "clock": clock,
+        "reason": "outlier; its update was refused",
+    }
+    return Note(**{**wish, **fields})
+
+
+def test_refused_update_is_written_down_once(process: Process, tmp_path: Path) -> None:
+    process.rewinder.note(note(61))
+    process.rewinder.note(note(62))
+    process.rewinder.note(note(61))
+    restarted = Process(tmp_path)
+    taken_up(restarted)
+    restarted.rewinder.note(note(62))
+    restarted.rewinder.note(note(63))
+    records = restarted.journal.read()
+    assert [record.clock for record in records] == [61, 62, 63]
+    assert {record.phase for record in records} == {Phase.DONE}
+    assert restarted.history.num_vetoes == 3
+
+
+def test_note_changes_neither_data_nor_state(process: Process) -> None:
+    process.engine.number = 61
+    target = snapshot_name(at(40))
+    process.rewinder.note(note())
+    process.rewinder.note(
+        note(is_observed=True, rung=Rung.SKIP, incident=1, target=target, target_step=40)
+    )
+    assert process.engine.number == 61
+    assert process.ledger.ranges() == []
+    assert process.history.num_rewinds == 0
+    observed = process.journal.read()[1]
+    assert (observed.phase, observed.target_checkpoint, observed.target_step) == (
+        Phase.OBSERVED,
+        target,
+        40,
+    )
+
+
+def test_restart_does_not_do_what_was_merely_observed(process: Process, tmp_path: Path) -> None:
+    target = snapshot_name(at(40))
+    process.rewinder.note(
+        note(is_observed=True, rung=Rung.SKIP, incident=1, target=target, target_step=40)
+    )
+    restarted = Process(tmp_path)
+    resumed = taken_up(restarted)
+    assert resumed.state == at(60)
+    assert restarted.ledger.ranges() == []
+
+
+def test_stop_is_written_down_with_its_code(process: Process) -> None:
+    stop = Stop(reason="tried all", needs_save=False, is_failure=True, code="ladder_exhausted")
+    process.rewinder.stopped(stop, at(61))
+    (record,) = process.journal.read()
+    assert (record.rung, record.code, record.reason) == (
+        Rung.STOP,
+        "ladder_exhausted",
+        "tried all",
+    )
+    assert (record.phase, record.clock, record.detected_step) == (Phase.DONE, 61, 61)
+    assert not record.is_rewind
+
+
+# An operator's skip.
+
+
+def test_skip_begins_at_the_next_sample(process: Process, tmp_path: Path) -> None:
+    record = process.rewinder.skip(Skip(amount=100, reason="bad shard", request="r-1"), at(61))
+    assert record.skip == (976, 1076)
+    assert (record.rung, record.rule, record.request) == (Rung.SKIP_AHEAD, "operator", "r-1")
+    assert process.samples(at(61), up_to_step=62) == list(range(1076, 1092))
+    restarted = Process(tmp_path)
+    state = taken_up(restarted).state
+    assert restarted.samples(state, up_to_step=62) == [*range(960, 976), *range(1076, 1092)]
+
+
+def test_second_skip_at_the_same_place_skips_fresh_data(process: Process) -> None:
+    for number in (1, 2):
+        process.rewinder.skip(Skip(amount=100, reason="more", request=f"r-{number}"), at(61))
+    assert process.ledger.ranges() == [(976, 1176)]
+    assert [record.incident for record in process.history.records] == [1, 2]
+
+
+# An operator's unskip.
+
+LAST_STEP = 300
+
+
+def unskip(process: Process, state: TrainState, skipped: BatchRange, name: str = "u") -> Any:
+    end = process.ledger.advance(state.cursor, BATCH_SAMPLES * (LAST_STEP - state.step))
+    action = Unskip(skipped=skipped, reason="innocent", request=name)
+    return process.rewinder.unskip(action, state, end_cursor=end)
+
+
+def test_what_is_put_back_is_the_last_that_the_run_reads(process: Process) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
+    before = process.samples(state, up_to_step=LAST_STEP)
+    record = unskip(process, state, incident.skip_range)
+    after = process.samples(state, up_to_step=LAST_STEP)
+    num_back = len(incident.skip_range)
+    assert after == before[:-num_back] + list(range(640, 976))
+    assert (record.rung, record.rule, record.request) == (Rung.UNSKIP, "operator", "u")
+    assert record.returned == (process.returns.entries()[0])
+
+
+def test_what_is_put_back_survives_a_restart(process: Process, tmp_path: Path) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
+    unskip(process, state, incident.skip_range)
+    restarted = Process(tmp_path)
+    resumed = taken_up(restarted)
+    assert restarted.returns.entries() == process.returns.entries()
+    assert restarted.samples(resumed.state, up_to_step=LAST_STEP) == process.samples(
+        state, up_to_step=LAST_STEP
+    )
+
+
+def test_two_that_are_put_back_are_both_read(process: Process) -> None:
+    _, first = process.rewinder.rewind(rewind_to(40), at(61))
+    later = TrainState(step=50, cursor=976 + 160, clock=71)
+    second = process.rewinder.skip(Skip(amount=200, reason="", request="s"), later)
+    unskip(process, later, first.skip_range, "a")
+    unskip(process, later, second.skip_range, "b")
+    trained = process.samples(later, up_to_step=LAST_STEP)
+    assert len(set(trained)) == len(trained)
+    assert {*range(640, 976), *range(1136, 1336)} <= set(trained)
+
+
+@pytest.mark.parametrize("room", [0, 100, 335, 336, 337])
+def test_what_finds_no_room_is_read_only_by_a_longer_run(room: int, process: Process) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
+    assert len(incident.skip_range) == 336
+    end = 976 + room
+    action = Unskip(skipped=incident.skip_range, reason="innocent", request="u")
+    record = process.rewinder.unskip(action, replace(state, cursor=976), end_cursor=end)
+    assert record.returned is not None
+    is_read = record.returned[0] + 336 <= end
+    assert is_read == (room >= 336)
+    assert ("no room is left" in record.reason) != is_read
+
+
+def test_what_is_put_back_lies_before_no_cursor_in_use_and_after_what_is_skipped(
+    process: Process,
+) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40, amount=3000), at(61))
+    record = unskip(process, state, BatchRange(start=640, stop=700))
+    assert record.returned is not None
+    assert record.returned[0] >= process.ledger.end > state.cursor
+    assert incident.skip == (640, 3640)
+
+
+def test_what_is_skipped_further_on_stays_skipped_when_something_is_put_back(
+    with_memory: Process, tmp_path: Path
+) -> None:
+    """A target lost with its process leaves the skip some way ahead of the cursor."""
+    with_memory.rewinder.skip(Skip(amount=100, reason="", request="s"), at(20))
+    with_memory.rewinder.rewind(rewind_to(50, amount=3000), at(61))
+    restarted = Process(tmp_path)
+    state = taken_up(restarted).state
+    assert state.cursor == 640
+    bad = set(range(800, 3800))
+    assert bad.isdisjoint(restarted.samples(state, up_to_step=LAST_STEP))
+    action = Unskip(skipped=BatchRange(start=320, stop=420), reason="", request="u")
+    restarted.rewinder.unskip(action, state, end_cursor=3850)
+    assert bad.isdisjoint(restarted.samples(state, up_to_step=LAST_STEP))
+
+
+def test_what_cannot_be_put_back_is_not_written_down(process: Process, tmp_path: Path) -> None:
+    state, incident = process.rewinder.rewind(rewind_to(40), at(61))
+    unskip(process, state, incident.skip_range, "a")
+    num_records = len(process.journal.read())
+    with pytest.raises(ValueError, match="are back already"):
+        unskip(process, state, incident.skip_range, "b")
+    assert len(process.journal.read()) == num_records
+    taken_up(Process(tmp_path))
+
+
+# Requests.
+
+
+@pytest.mark.parametrize("phase", ["intent", "load", "quarantine", "done"])
+def test_request_cut_short_is_known_after_the_restart(
+    phase: str, process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill_at(phase, process, monkeypatch)
+    with pytest.raises(Killed):
+        process.rewinder.rewind(rewind_to(40, request="r-1", rung=Rung.REWIND), at(61))
+    restarted = Process(tmp_path)
+    taken_up(restarted)
+    assert restarted.history.is_request_known("r-1")
+    assert restarted.history.policy_rewinds() == 0
+    assert restarted.history.num_rewinds == 1
+
+
+Act = Callable[[Process], object]
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda process: process.rewinder.skip(Skip(amount=5, reason="", request="r"), at(61)),
+        lambda process: process.rewinder.note(note()),
+        lambda process: process.rewinder.stopped(Stop(reason="", needs_save=False), at(61)),
+    ],
+    ids=["skip", "note", "stop"],
+)
+def test_act_without_parts_is_one_record(act: Act, process: Process) -> None:
+    act(process)
+    assert [record.phase for record in process.journal.read()] == [Phase.DONE]
+    assert list(process.history.records) == process.journal.read()

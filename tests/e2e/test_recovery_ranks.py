@@ -1,0 +1,148 @@
+"""Recovery among ranks: a kill of any one of them, and a restart on another number of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import (
+    ATTEMPTS,
+    BAD_DATA,
+    LADDER,
+    LONG_BAD_DATA,
+    TINY,
+    assert_trained_once,
+    checkpoints,
+    incidents,
+    journal,
+    losses_by_clock,
+    losses_by_step,
+    records,
+    rungs,
+    tensors,
+)
+from test_recovery_crash import (
+    assert_nothing_skipped_since,
+    assert_same_recovery,
+    finish,
+    kill_at,
+    tear,
+)
+
+ARGUMENTS = (*TINY, *BAD_DATA)
+CLIMB = (*LADDER, *LONG_BAD_DATA)
+# Rank 1 writes no records; it dies beside them.
+CHAINS = {
+    "rank 0, undecided": (0, ("before_capsule", "in_capsule", "before_intent", "torn_intent")),
+    "rank 1, undecided": (1, ("before_capsule", "after_capsule", "before_intent")),
+    "rank 0, decided": (
+        0,
+        ("after_intent", "after_load_from_disk", "after_quarantine", "torn_done", "after_done"),
+    ),
+    "rank 1, decided": (
+        1,
+        ("after_load_from_memory", "after_load_from_disk", "after_ledger", "before_done"),
+    ),
+    "rank 1, done": (1, ("after_intent", "after_quarantine", "after_done")),
+}
+# As close as sums in another order leave 40 steps of Adam.
+LOSS_TOLERANCE, TENSOR_TOLERANCE = 1e-4, 2e-2
+
+
+def assert_near_recovery(folder: Path, reference: Any) -> None:
+    """The same decisions and samples; losses and weights but for the order of sums."""
+    ours, theirs = (
+        [{k: v for k, v in record.items() if k != "reason"} for record in journal(one)]
+        for one in (folder, reference.folder)
+    )
+    assert ours == theirs
+    expected = losses_by_step(reference.folder)
+    assert losses_by_step(folder) == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    one, other = tensors(checkpoints(folder)[-1]), tensors(checkpoints(reference.folder)[-1])
+    assert one.keys() == other.keys()
+    for name in one:
+        difference = torch.linalg.vector_norm((one[name] - other[name]).double())
+        assert difference <= TENSOR_TOLERANCE * torch.linalg.vector_norm(other[name].double()), name
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_kill_of_one_of_two_ranks_in_a_rewind_changes_nothing(
+    chain: str, tmp_path: Path, recovered_ddp: Any
+) -> None:
+    folder = tmp_path / "run"
+    kill_rank, places = CHAINS[chain]
+    for place in places:
+        kill_at(ARGUMENTS, folder, place, num_ranks=2, kill_rank=kill_rank)
+    finish(ARGUMENTS, folder, num_ranks=2)
+    assert_same_recovery(folder, recovered_ddp)
+    for rank in range(2):
+        assert_trained_once(folder, tmp_path / "samples", rank)
+        if "undecided" not in chain:
+            assert_nothing_skipped_since(tmp_path / "samples", folder, start=1, rank=rank)
+
+
+def test_ladder_on_two_ranks_killed_in_each_attempt_climbs_the_same_way(
+    tmp_path: Path, climbed_ddp: Any
+) -> None:
+    folder = tmp_path / "run"
+    kills = [
+        (1, "after_intent"),
+        (0, "torn_done"),
+        (1, "after_load_from_memory"),
+        (0, "in_capsule"),
+    ]
+    for attempt, (rank, place) in enumerate(kills, start=1):
+        kill_at(CLIMB, folder, place, num_ranks=2, kill_rank=rank, kill_attempt=attempt)
+    finish(CLIMB, folder, num_ranks=2)
+    assert rungs(folder) == list(ATTEMPTS)
+    assert_same_recovery(folder, climbed_ddp)
+    for rank in range(2):
+        assert_trained_once(folder, tmp_path / "samples", rank)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_rewind_cut_short_again_and_again_is_finished_on_another_number_of_ranks(
+    num_ranks: int, tmp_path: Path, recovered_single: Any
+) -> None:
+    """A resize and a torn line between any two processes."""
+    folder = tmp_path / "run"
+    for place in ("before_intent", "after_intent", "after_load_from_disk", "torn_done"):
+        kill_at(ARGUMENTS, folder, place, num_ranks=num_ranks)
+        tear(folder)
+        num_ranks = 3 - num_ranks
+    finish(ARGUMENTS, folder, num_ranks=3 - num_ranks)
+    assert_near_recovery(folder, recovered_single)
+    assert_trained_once(folder, tmp_path / "samples")
+    assert_nothing_skipped_since(tmp_path / "samples", folder, start=2)
+
+
+def test_ladder_is_climbed_in_the_same_way_by_one_rank_and_by_two_in_turn(
+    tmp_path: Path, climbed_single: Any
+) -> None:
+    folder = tmp_path / "run"
+    places = ("after_intent", "before_intent", "after_quarantine", "torn_done")
+    for attempt, place in enumerate(places, start=1):
+        num_ranks = 1 + attempt % 2
+        kill_at(CLIMB, folder, place, num_ranks=num_ranks, kill_attempt=attempt)
+        tear(folder)
+    finish(CLIMB, folder, num_ranks=2)
+    assert_near_recovery(folder, climbed_single)
+    assert_trained_once(folder, tmp_path / "samples")
+
+
+def test_samples_and_their_order_do_not_depend_on_the_number_of_ranks(
+    recovered_single: Any, recovered_ddp: Any
+) -> None:
+    alone = records(Path(f"{recovered_single.samples}.0"))
+    assert [record for record in alone if record["kind"] == "rewind"], "a recovery is part of it"
+    for rank in range(2):
+        assert records(Path(f"{recovered_ddp.samples}.{rank}")) == alone
+    assert (
+        incidents(recovered_ddp.folder)[0]["skip"] == incidents(recovered_single.folder)[0]["skip"]
+    )
+    ours, theirs = (
+        losses_by_clock(reference.folder) for reference in (recovered_single, recovered_ddp)
+    )
+    assert ours == pytest.approx(theirs, rel=LOSS_TOLERANCE)

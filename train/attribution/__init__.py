@@ -1,0 +1,1 @@
+"""Why a spike came: PaLM's ablation, done by itself from a run folder."""
