@@ -211,7 +211,8 @@ def _rewinds(run: RunRecords, incidents: Sequence[Record]) -> str:
     done = [row for row in incidents if row.get("is_rewind") and row.get("is_done")]
     count = integer(run.summary, "rewinds")
     text = plural(len(done) if count is None else count, "rewind")
-    rungs = Counter(in_words(row.get("rung")) for row in done if row.get("rung"))
+    names = [in_words(row.get("rung")) for row in done if row.get("rung")]
+    rungs = Counter("by hand" if name == "rewind" else name for name in names)
     kinds = [rung if times == 1 else f"{times} {rung}" for rung, times in rungs.items()]
     return f"{text} ({', '.join(kinds)})" if kinds else text
 

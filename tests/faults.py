@@ -30,7 +30,8 @@ class Fault:
     has none from the intent of a rewind on.
     `never_sees`: the ranges that the ledger holds from the first step on, which makes a run that
     never met them; `cooled`: the cooling it has from the start, `(scale, from, until, return)`.
-    `is_resume_corrupt`: the weights are perturbed once they were loaded.
+    `is_resume_corrupt`: the weights are perturbed once they were loaded. `more_bad_samples`: these
+    are foreign too.
     """
 
     samples: Path | None = None
@@ -44,6 +45,7 @@ class Fault:
     never_sees: tuple[tuple[int, int], ...] = ()
     cooled: tuple[float, int, int, int] | None = None
     is_resume_corrupt: bool = False
+    more_bad_samples: range | None = None
 
 
 def install(fault: Fault, disk: Path) -> None:
@@ -66,6 +68,8 @@ def install(fault: Fault, disk: Path) -> None:
         _cool(fault.cooled)
     if fault.is_resume_corrupt:
         _corrupt_the_resume()
+    if fault.more_bad_samples is not None:
+        _poison(fault.more_bad_samples)
     if fault.kill_at is not None and _rank() == fault.kill_rank:
         KILL_PLACES[fault.kill_at](fault)
 
@@ -176,6 +180,22 @@ def _cool(cooled: tuple[float, int, int, int]) -> None:
         )
 
     _wrap(RecoveryHistory, "replace", replace)
+
+
+def _poison(samples: range) -> None:
+    import train.build
+    from train.data.stream import PoisonedSource
+
+    def source(original: Any, config: Any, store: Any, *rest: Any) -> Any:
+        return PoisonedSource(
+            original(config, store, *rest),
+            start=samples.start,
+            stop=samples.stop,
+            vocab_size=store.vocab_size,
+            seed=1,
+        )
+
+    _wrap(train.build, "_source", source)
 
 
 def _corrupt_the_resume() -> None:
@@ -324,11 +344,11 @@ def _at_request(moment: str) -> Callable[[Fault], None]:
     def install_it(fault: Fault) -> None:
         import train.recovery.control as control
 
-        def collect(original: Any, *arguments: Any) -> Any:
-            requests = original(*arguments)
-            if requests:
+        def next_request(original: Any, *arguments: Any) -> Any:
+            request = original(*arguments)
+            if request is not None:
                 _die()
-            return requests
+            return request
 
         def answer(original: Any, *arguments: Any, **keywords: Any) -> None:
             if moment == "before_answer":
@@ -341,7 +361,7 @@ def _at_request(moment: str) -> Callable[[Fault], None]:
             _die()
 
         if moment == "taken":
-            _wrap(control.Inbox, "collect", collect)
+            _wrap(control.Inbox, "next_request", next_request)
         elif moment == "in_answer":
             _wrap(control, "write_json", write_json)
         else:
@@ -392,5 +412,6 @@ KILL_PLACES: dict[str, Callable[[Fault], None]] = {
     "in_answer": _at_request("in_answer"),
     "after_answer": _at_request("after_answer"),
     "in_save_of_step_20": _in_save(20),
+    "in_save_of_step_40": _in_save(40),
     "after_save_of_step_20": _at_step(20),
 }

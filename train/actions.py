@@ -37,6 +37,7 @@ class Note(Action):
     detected_step: int
     clock: int
     reason: str
+    code: str = ""
     target: str = ""
     target_step: int = 0
 
@@ -54,7 +55,7 @@ class Save(Action):
 class Unskip(Action):
     """Put what was skipped back at the end of the data; an operator's wish."""
 
-    skipped: BatchRange
+    skipped: tuple[BatchRange, ...]
     reason: str
     request: str
 

@@ -193,7 +193,7 @@ def _assemble(
             world=world,
             recorder=capsules,
         ),
-        inbox=_inbox(config, folder, tiers, schedule, history, ledger, world),
+        inbox=_inbox(config, folder, tiers, schedule, history, world),
         last_step=config.run.steps,
         saves_at_start=config.checkpoint.save_at_start,
         saves_at_end=config.checkpoint.save_at_end,
@@ -206,7 +206,6 @@ def _inbox(
     tiers: Tiers,
     schedule: Schedule,
     history: RecoveryHistory,
-    ledger: SkipLedger,
     world: World,
 ) -> Inbox:
     return Inbox(
@@ -214,7 +213,6 @@ def _inbox(
         tiers=tiers,
         schedule=schedule,
         history=history,
-        ledger=ledger,
         sequence_length=config.data.sequence_length,
         world=world,
     )

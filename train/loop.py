@@ -123,8 +123,8 @@ def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipelin
             end = run.data.cursor_after(
                 state.cursor, run.schedule.samples_between(state.step, run.last_step)
             )
-            record = run.rewinder.unskip(action, state, end_cursor=end)
-            run.events.ledger_changed(record, state)
+            for record in run.rewinder.unskip(action, state, end_cursor=end):
+                run.events.ledger_changed(record, state)
             return state
         case Rewind():
             return _rewind(run, state, action, reports)

@@ -60,7 +60,8 @@ class StepSignals:
 
     `loss_nats`: mean loss a token. `grad_norm`: before clipping; `group_norms` by parameter group.
     `update_norm`: of the last update that was applied *before* this step, weight decay left out
-    (it rides in this step's reduce). `nonfinite_share`: share of the gradient values that lie in
+    (it rides in this step's reduce), at the learning rate that was set last; infinite if the
+    optimizer's state holds a NaN. `nonfinite_share`: share of the gradient values that lie in
     tensors with a non-finite norm. `num_bad_ranks`: ranks whose own loss was not finite;
     `bad_rank` names it if it was one alone. `is_flagged`: a rank asked for the attention of all.
     """

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -221,27 +221,6 @@ def test_run_without_any_readable_checkpoint_says_what_to_do(
     assert "can be read; bring one back from a copy, or start over with run.overwrite=true" in (
         result.output
     )
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, str], None]]:
-    """Return a function that mounts a small tmpfs."""
-    mounted: list[Path] = []
-
-    def mount(folder: Path, size: str) -> None:
-        folder.mkdir(parents=True)
-        arguments = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
-        try:
-            done = subprocess.run(arguments, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            pytest.skip("there is no `mount` here")
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_disk_that_is_full_of_checkpoints_costs_the_save_and_nothing_else(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from train.recovery.detector import ROLLBACK_KINDS, VerdictKind
+from train.recovery.verdict import ROLLBACK_KINDS, VerdictKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,6 +136,7 @@ class SpikeRecovery(Callback):
             detected_step=verdict.step,
             clock=report.state.clock,
             reason=reason,
+            code=decision.code if isinstance(decision, GiveUp) else "",
             target=decision.target.name if isinstance(decision, GoBack) else "",
             target_step=decision.target.step if isinstance(decision, GoBack) else 0,
         )

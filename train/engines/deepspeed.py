@@ -168,9 +168,11 @@ class DeepSpeedEngine:
             math.nan if norm is None else norm, dtype=torch.float64, device=self._world.device
         ).reshape(1)
         unknown = torch.full_like(grad_norm, math.nan)
-        never = torch.zeros_like(grad_norm)
+        # It refuses updates that are not finite by itself, in most of its modes.
+        is_refused = float(getattr(self._engine.optimizer, "overflow", False))
+        is_vetoed = torch.full_like(grad_norm, is_refused)
         return torch.cat(
-            (reduced[:1] / num_tokens, grad_norm, unknown, unknown, reduced[1:], never)
+            (reduced[:1] / num_tokens, grad_norm, unknown, unknown, reduced[1:], is_vetoed)
         )
 
     def recent_sample_losses(self) -> list[list[float]]:

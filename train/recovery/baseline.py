@@ -12,15 +12,14 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 
-# The interquartile range and the lowest tenth of normal noise, in standard deviations.
+# The interquartile range of normal noise, in standard deviations. A sixth of it lies one down.
 _QUARTILES = 1.349
-_LOWEST_TENTH = 1.2816
 # A run's logged loss moves by at least this share from step to step; guards against zero noise.
 MIN_SIGMA = 0.004
 # Quartiles of n residuals are trusted as if the noise were 1 + 8 / n times larger: the first 16
 # steps of a run are its most changeable.
 _FEW_RESIDUALS = 8
-# Quartiles and tenths of one window scatter by a sixth: they count with a margin.
+# Quartiles and sixths of one window scatter by a sixth: they count with a margin.
 _MARGIN = 1.2
 # A cumulative sum of falls, each clipped and less a slack, beyond which the noise is learnt anew:
 # a loss that breaks out downwards is another regime.
@@ -117,7 +116,7 @@ class RobustBaseline:
         swings.add(rise)
         ordered = swings.ordered
         if len(ordered) == swings.length:
-            self.swing = -_MARGIN * ordered[len(ordered) // 10] / _LOWEST_TENTH
+            self.swing = -_MARGIN * ordered[len(ordered) // 6]
             self.noise = max(self.sigma, self.swing)
 
     def accept(self, log_value: float) -> None:

@@ -12,14 +12,13 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.actions import Action, Rewind, Skip, Unskip
 from train.checkpoint.tiers import Tiers
-from train.data.ledger import SkipLedger
 from train.distributed import World
 from train.durable import write_json
 from train.recovery.history import RecoveryHistory
@@ -58,7 +57,6 @@ class Inbox:
         tiers: Tiers,
         schedule: Schedule,
         history: RecoveryHistory,
-        ledger: SkipLedger,
         sequence_length: int,
         world: World,
     ) -> None:
@@ -67,12 +65,12 @@ class Inbox:
         self._tiers = tiers
         self._schedule = schedule
         self._history = history
-        self._ledger = ledger
         self._sequence_length = sequence_length
         self._world = world
         self._has_request = threading.Event()
         self._is_closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._answered: set[str] = set()
 
     def start(self) -> None:
         """Begin to look for requests, on rank 0."""
@@ -115,6 +113,7 @@ class Inbox:
         """Tell the operator, and take the request off the list. Writes on rank 0 alone."""
         if not self._world.is_main:
             return
+        self._answered.add(name)  # should its file stay, it is not read again
         try:
             self._answers.mkdir(parents=True, exist_ok=True)
             write_json(
@@ -132,9 +131,10 @@ class Inbox:
 
     def _paths(self) -> list[Path]:
         try:
-            return sorted(path for path in self._requests.iterdir() if path.suffix == ".json")
+            found = [path for path in self._requests.iterdir() if path.suffix == ".json"]
         except OSError:
             return []
+        return sorted(path for path in found if path.stem not in self._answered)
 
     def _action(self, name: str, fields: object, state: TrainState) -> Action:
         if not isinstance(fields, Mapping):
@@ -183,7 +183,8 @@ class Inbox:
             verdict="operator",
             onset_step=state.step,
             detected_step=state.step,
-            reason=f"rewind to step {to_step} {reason}",
+            reason=f"rewind to step {to_step} {reason}, the last good state before it is of step "
+            f"{target.step}",
             incident=self._history.last_incident + 1,
             is_exact=not covers_all,
             request=name,
@@ -201,18 +202,14 @@ class Inbox:
             raise RefusedRequestError(
                 f"incident {incident!r} skipped nothing; incidents that did: {known or 'none'}"
             )
-        skipped = BatchRange(
-            start=min(one.start for one in ranges), stop=max(one.stop for one in ranges)
+        pieces = sorted(
+            {piece for one in ranges for piece in without(one, self._history.returns())},
+            key=lambda piece: piece.start,
         )
-        for _, start, stop in self._history.returns():
-            if start < skipped.stop and skipped.start < stop:
-                raise RefusedRequestError(
-                    f"samples {skipped} of incident {incident} are, or are in part, put back "
-                    "already"
-                )
-        if not self._ledger.covers(skipped):
-            raise RefusedRequestError(f"samples {skipped} are not all skipped")
-        return Unskip(skipped=skipped, reason=f"incident {incident}: {reason}", request=name)
+        left = merged(pieces)
+        if not left:
+            raise RefusedRequestError(f"what incident {incident} skipped is put back already")
+        return Unskip(skipped=tuple(left), reason=f"incident {incident}: {reason}", request=name)
 
     def _samples(self, amount: object, from_step: int) -> int:
         try:
@@ -224,6 +221,34 @@ class Inbox:
         return self._schedule.amount_in_samples(
             parsed, from_step=from_step, sequence_length=self._sequence_length
         )
+
+
+def without(whole: BatchRange, returns: Iterable[tuple[int, int, int]]) -> list[BatchRange]:
+    """Return what is left of a range when that which was put back is taken away."""
+    pieces = [whole]
+    for _, start, stop in returns:
+        pieces = [
+            BatchRange(start=first, stop=last)
+            for piece in pieces
+            for first, last in (
+                (piece.start, min(piece.stop, start)),
+                (max(piece.start, stop), piece.stop),
+            )
+            if first < last
+        ]
+    return pieces
+
+
+def merged(pieces: Iterable[BatchRange]) -> list[BatchRange]:
+    """Return the union of ranges that are sorted by their start."""
+    union: list[BatchRange] = []
+    for piece in pieces:
+        if union and piece.start <= union[-1].stop:
+            stop = max(union[-1].stop, piece.stop)
+            union[-1] = BatchRange(start=union[-1].start, stop=stop)
+        else:
+            union.append(piece)
+    return union
 
 
 def _read(path: Path) -> object:

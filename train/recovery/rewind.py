@@ -128,6 +128,7 @@ class Rewinder:
                 rule=action.rule,
                 rung=action.rung,
                 reason=action.reason,
+                code=action.code,
                 verdict=action.verdict,
                 onset_step=action.onset_step,
                 detected_step=here,
@@ -164,25 +165,32 @@ class Rewinder:
         self._ledger.add(record.skip_range)
         return record
 
-    def unskip(self, action: Unskip, present: TrainState, *, end_cursor: int) -> Incident:
+    def unskip(self, action: Unskip, present: TrainState, *, end_cursor: int) -> list[Incident]:
         """Put skipped samples back as late in the data as the run still reads them.
 
-        `end_cursor`: where the run's last step would leave the cursor.
+        `end_cursor`: where the run's last step would leave the cursor. Ranges keep their order.
         """
-        skipped = action.skipped
         # Ranges that are skipped further on must not move, so it comes behind them.
         start = max(present.cursor, self._ledger.end)
-        position = latest_gap(len(skipped), start, max(start, end_cursor), self._returns.places())
-        reason = action.reason
-        if position >= end_cursor:
-            reason += "; no room is left before the end of the run: read if run.steps is raised"
-        record = replace(
-            self._single(Rung.UNSKIP, present, reason, request=action.request),
-            returned=(position, skipped.start, skipped.stop),
-        )
-        self._returns.insert(position, skipped.start, skipped.stop)  # refuses what is no return
-        self._write(record)
-        return record
+        records = []
+        for skipped in reversed(action.skipped):
+            position = latest_gap(
+                len(skipped), start, max(start, end_cursor), self._returns.places()
+            )
+            reason = action.reason
+            if position >= end_cursor:
+                reason += "; no room is left before the end: read if run.steps is raised"
+            # The request is fulfilled with its last range; a restart in between does the others.
+            is_last = skipped is action.skipped[0]
+            record = replace(
+                self._single(Rung.UNSKIP, present, reason, request=action.request),
+                request=action.request if is_last else "",
+                returned=(position, skipped.start, skipped.stop),
+            )
+            self._returns.insert(position, skipped.start, skipped.stop)  # refuses what is no return
+            self._write(record)
+            records.append(record)
+        return records
 
     def resume(self) -> Resumed | None:
         """Take the run up where it was, or return None if it has no checkpoint yet.

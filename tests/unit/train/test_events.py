@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from train.actions import Action, Continue, Rewind, Save, Stop
+from train import signals
+from train.actions import Action, Note, Rewind, Save, Stop
 from train.checkpoint.info import CheckpointInfo, Health
 from train.events import Callback, CallbackPhase, Events, RunStart
 from train.recovery.detector import Verdict, VerdictKind
 from train.recovery.journal import Incident, Phase
+from train.recovery.policy import Rung
 from train.signals import Gate, StepReport, StepSignals, Update
 from train.state import TrainState
 
@@ -57,6 +58,18 @@ INCIDENT = Incident(
     target_step=0,
     skip=(0, 48),
     quarantine=(),
+)
+NOTE = Note(
+    rule="observe",
+    rung=Rung.SKIP,
+    incident=1,
+    attempt=1,
+    is_observed=True,
+    verdict="spike",
+    onset_step=2,
+    detected_step=3,
+    clock=3,
+    reason="spike",
 )
 
 
@@ -103,6 +116,15 @@ class Recorder(Callback):
         self.seen.append(report)
         self._note("update")
         return self._answer
+
+    def on_note(self, note: Note, state: TrainState) -> None:
+        self._note("noted")
+
+    def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
+        self._note("snapshot")
+
+    def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
+        self._note("ledger")
 
     def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
         self._note("saved")
@@ -157,11 +179,14 @@ def test_everyone_is_told_in_order_and_ends_run_in_reverse() -> None:
     diary: list[str] = []
     events = Events(four(diary), is_main=True)
     events.run_start(START)
+    events.noted(NOTE, STATE)
+    events.snapshot_taken(STATE, 0.1)
     events.checkpoint_saved(INFO, 0.1)
     events.checkpoint_failed(3, "full disk")
     events.rewound(INCIDENT, STATE, 0.1)
-    forwards = [f"{name} {e}" for e in ("start", "saved", "failed", "rewind") for name in ORDER]
-    assert diary == forwards
+    events.ledger_changed(INCIDENT, STATE)
+    told = ("start", "noted", "snapshot", "saved", "failed", "rewind", "ledger")
+    assert diary == [f"{name} {event}" for event in told for name in ORDER]
     diary.clear()
     events.run_end({})
     events.close()
@@ -178,19 +203,23 @@ def test_verdict_is_on_the_report_of_every_later_phase() -> None:
     assert REPORT.verdict is None
 
 
-def test_worst_action_is_returned_and_losers_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_everything_that_is_asked_for_is_returned_in_order() -> None:
     stop, save = Stop(reason="enough", needs_save=False), Save(reason="due")
     events = Events(
-        [Recorder("a", DECIDE, [], answer=save), Recorder("b", PERSIST, [], answer=stop)],
+        [
+            Recorder("b", PERSIST, [], answer=save),
+            Recorder("c", PERSIST, [], answer=stop),
+            Recorder("judge", OBSERVE, [], answer=SPIKE),
+            Recorder("silent", DECIDE, []),
+            Recorder("a", DECIDE, [], answer=NOTE),
+        ],
         is_main=True,
     )
-    assert events.after_update(REPORT) == stop
-    assert f"{stop} wins over {save}" in caplog.text
+    assert events.after_update(REPORT) == [NOTE, save, stop]
 
 
 def test_no_callback_asks_for_nothing() -> None:
-    assert Events([], is_main=True).after_update(REPORT) == Continue()
+    assert Events([], is_main=True).after_update(REPORT) == []
 
 
 def test_failure_of_reporting_is_logged_and_training_goes_on(
@@ -200,8 +229,11 @@ def test_failure_of_reporting_is_logged_and_training_goes_on(
     broken = Recorder("a", REPORTING, diary, fails=True)
     events = Events([broken, Recorder("b", REPORTING, diary)], is_main=True)
     events.run_start(START)
-    assert events.after_update(REPORT) == Continue()
+    assert events.after_update(REPORT) == []
     events.rewound(INCIDENT, STATE, 0.1)
+    events.noted(NOTE, STATE)
+    events.ledger_changed(INCIDENT, STATE)
+    events.snapshot_taken(STATE, 0.1)
     events.run_end({})
     assert diary[-2:] == ["b end", "a end"]
     assert "a failed; training goes on" in caplog.text
@@ -270,10 +302,13 @@ def test_base_callback_does_nothing_and_keeps_nothing() -> None:
     events.run_start(START)
     assert events.gate() == Gate()
     assert not events.needs_current(1)
-    assert events.after_update(REPORT) == Continue()
+    assert events.after_update(REPORT) == []
     events.checkpoint_saved(INFO, 0.0)
     events.checkpoint_failed(1, "")
     events.rewound(INCIDENT, STATE, 0.0)
+    events.noted(NOTE, STATE)
+    events.ledger_changed(INCIDENT, STATE)
+    events.snapshot_taken(STATE, 0.0)
     events.run_end({})
     events.close()
     assert json.dumps(events.state_dict()) == "{}"
@@ -282,11 +317,45 @@ def test_base_callback_does_nothing_and_keeps_nothing() -> None:
 # What callbacks see.
 
 
+def vector(*group_norms: float, **slots: float) -> list[float]:
+    values = [2.5, 0.5, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0, *group_norms]
+    for name, value in slots.items():
+        values[getattr(signals, name)] = value
+    return values
+
+
 def test_signals_are_read_off_the_vector_of_the_device() -> None:
-    signals = StepSignals.from_vector([2.5, 0.5, 1.0, 0.3, 0.4])
-    assert signals == StepSignals(
-        loss_nats=2.5, grad_norm=0.5, is_vetoed=True, group_norms=(0.3, 0.4)
+    assert StepSignals.from_vector(vector(0.3, 0.4, IS_VETOED=1.0)) == StepSignals(
+        loss_nats=2.5,
+        grad_norm=0.5,
+        is_vetoed=True,
+        update_norm=0.1,
+        nonfinite_share=0.0,
+        group_norms=(0.3, 0.4),
     )
+    assert len(vector()) == signals.NUM_FIXED_SIGNALS
+
+
+def test_slot_that_an_engine_cannot_fill_is_not_known() -> None:
+    found = StepSignals.from_vector(vector(UPDATE_NORM=math.nan, NONFINITE_SHARE=math.nan))
+    assert found.update_norm is None
+    assert found.nonfinite_share is None
+    assert found.is_finite
+
+
+@pytest.mark.parametrize(
+    ("num_bad", "sum_of_ranks", "bad_rank"), [(0, 0, None), (1, 0, 0), (1, 5, 5), (2, 5, None)]
+)
+def test_bad_rank_is_named_if_it_was_alone(
+    num_bad: int, sum_of_ranks: int, bad_rank: int | None
+) -> None:
+    found = StepSignals.from_vector(vector(NUM_BAD_RANKS=num_bad, BAD_RANK_SUM=sum_of_ranks))
+    assert (found.num_bad_ranks, found.bad_rank) == (num_bad, bad_rank)
+
+
+@pytest.mark.parametrize(("summed", "is_flagged"), [(0.0, False), (1.0, True), (3.0, True)])
+def test_flag_of_any_rank_is_a_flag(summed: float, is_flagged: bool) -> None:
+    assert StepSignals.from_vector(vector(IS_FLAGGED=summed)).is_flagged is is_flagged
 
 
 @pytest.mark.parametrize(
@@ -294,8 +363,8 @@ def test_signals_are_read_off_the_vector_of_the_device() -> None:
     [(1.0, 1.0, True), (math.nan, 1.0, False), (1.0, math.inf, False)],
 )
 def test_signals_are_finite_if_both_are(loss: float, norm: float, is_finite: bool) -> None:
-    signals = StepSignals(loss_nats=loss, grad_norm=norm, is_vetoed=False)
-    assert signals.is_finite is is_finite
+    found = StepSignals(loss_nats=loss, grad_norm=norm, is_vetoed=False)
+    assert found.is_finite is is_finite
 
 
 def test_report_tells_what_became_of_the_update() -> None:
@@ -315,6 +384,7 @@ def test_facts_cannot_be_changed() -> None:
         onset_step=1,
         detected_step=2,
         reason="",
+        incident=1,
     )
     with pytest.raises(AttributeError):
         rewind.target = "other"  # type: ignore[misc]

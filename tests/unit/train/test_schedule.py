@@ -103,6 +103,31 @@ def test_samples_between_are_counted_at_once_beyond_the_ramp() -> None:
     assert schedule(ramp_steps=5).samples_between(5, 10**15) == 16 * (10**15 - 5)
 
 
+def test_growth_of_the_batch_by_a_quarter_is_a_change() -> None:
+    ramped = schedule(batch=32, ramp_start=8, ramp_steps=60, increment=4)
+    changes = [step for step in range(100) if ramped.is_change_at(step)]
+    # 8, 12, 16, 20, 24, 28, 32: from 20 on it grows by less than a quarter.
+    assert [ramped.batch_samples_at(step) for step in changes] == [12, 16, 20]
+    assert all(
+        ramped.batch_samples_at(step - 1) + 4 == ramped.batch_samples_at(step) for step in changes
+    )
+
+
+def test_jump_at_the_end_of_a_ramp_is_a_change() -> None:
+    ramped = schedule(batch=16, ramp_start=8, ramp_steps=10, increment=100)
+    assert [step for step in range(40) if ramped.is_change_at(step)] == [10]
+
+
+@pytest.mark.parametrize("ramp_steps", [0, 200])
+def test_steady_batch_and_fine_ramp_have_no_change(ramp_steps: int) -> None:
+    ramped = schedule(batch=200, ramp_start=100, ramp_steps=ramp_steps, increment=1)
+    assert not any(ramped.is_change_at(step) for step in range(300))
+
+
+def test_first_step_is_no_change() -> None:
+    assert not schedule(ramp_steps=10).is_change_at(0)
+
+
 def test_amount_of_tokens_is_rounded_up_to_whole_samples() -> None:
     amount = Amount.parse("1000 tokens")
     assert schedule().amount_in_samples(amount, from_step=3, sequence_length=128) == 8

@@ -25,7 +25,7 @@ from train.errors import DataError
 from train.recovery import capsule as capsule_module
 from train.recovery.capsule import Capsules, capsule_path, remove_old
 from train.recovery.capsule_json import MAX_BYTES, as_text
-from train.recovery.detector import Verdict, VerdictKind
+from train.recovery.verdict import Verdict, VerdictKind
 from train.recovery.environment import git_revision, ranks_by_value
 from train.recovery.flight_log import FlightLog
 from train.recovery.journal import Incident, Phase

@@ -38,8 +38,10 @@ def process(tmp_path: Path) -> Process:
     return made
 
 
-def collected(process: Process, state: TrainState | None = None) -> list[Action]:
-    return [request.action for request in process.inbox.collect(state or at(61))]
+def asked(process: Process, state: TrainState | None = None) -> Action | None:
+    """Return the first action that is asked for and can be done."""
+    request = process.inbox.next_request(state or at(61))
+    return None if request is None else request.action
 
 
 def names(folder: Path) -> list[str]:
@@ -57,14 +59,14 @@ def waits_for(condition: Callable[[], bool]) -> bool:
 
 
 def test_no_request_is_no_action(process: Process) -> None:
-    assert collected(process) == []
+    assert asked(process) is None
     process.ask("a", kind="skip", amount="1 steps").unlink()
-    assert collected(process) == []
+    assert asked(process) is None
 
 
 def test_rewind_goes_to_the_youngest_good_state_at_or_before_its_step(process: Process) -> None:
     process.ask("a", kind="rewind", to_step=45, amount=None, operator="ada@host")
-    (action,) = collected(process)
+    action = asked(process)
     assert isinstance(action, Rewind)
     assert (action.target, action.target_step) == (snapshot_name(at(40)), 40)
     assert (action.skip_from, action.skip_amount) == (640, 0)
@@ -78,7 +80,7 @@ def test_rewind_goes_to_the_youngest_good_state_at_or_before_its_step(process: P
 )
 def test_states_in_memory_can_be_asked_for_too(to_step: int, step: int, process: Process) -> None:
     process.ask("a", kind="rewind", to_step=to_step)
-    (action,) = collected(process)
+    action = asked(process)
     assert isinstance(action, Rewind)
     assert action.target_step == step
 
@@ -86,7 +88,7 @@ def test_states_in_memory_can_be_asked_for_too(to_step: int, step: int, process:
 def test_incident_of_a_person_has_the_next_number(process: Process) -> None:
     process.rewinder.rewind(rewind_to(40, incident=6), at(61))
     process.ask("a", kind="rewind", to_step=20)
-    (action,) = collected(process, at(45, clock=66))
+    action = asked(process, at(45, clock=66))
     assert isinstance(action, Rewind)
     assert action.incident == 7
 
@@ -107,7 +109,7 @@ AMOUNTS = pytest.mark.parametrize(
 @AMOUNTS
 def test_rewind_skips_exactly_its_amount(amount: str, samples: int, process: Process) -> None:
     process.ask("a", kind="rewind", to_step=40, amount=amount)
-    (action,) = collected(process)
+    action = asked(process)
     assert isinstance(action, Rewind)
     assert action.skip_range(present_cursor=976) == BatchRange(start=640, stop=640 + samples)
 
@@ -115,14 +117,14 @@ def test_rewind_skips_exactly_its_amount(amount: str, samples: int, process: Pro
 @AMOUNTS
 def test_skip_has_its_amount_in_samples(amount: str, samples: int, process: Process) -> None:
     process.ask("a", kind="skip", amount=amount)
-    (action,) = collected(process)
+    action = asked(process)
     assert isinstance(action, Skip)
     assert (action.amount, action.request) == (samples, "a")
 
 
 def test_seen_is_everything_from_the_target_to_here(process: Process) -> None:
     process.ask("a", kind="rewind", to_step=40, amount="seen")
-    (action,) = collected(process)
+    action = asked(process)
     assert isinstance(action, Rewind)
     assert action.skip_range(present_cursor=976) == BatchRange(start=640, stop=976)
 
@@ -130,7 +132,7 @@ def test_seen_is_everything_from_the_target_to_here(process: Process) -> None:
 def test_seen_is_nothing_where_nothing_was_seen(process: Process) -> None:
     state = at(40)
     process.ask("a", kind="rewind", to_step=40, amount="seen")
-    (action,) = collected(process, state)
+    action = asked(process, state)
     assert isinstance(action, Rewind)
     _, incident = process.rewinder.rewind(action, state)
     assert len(incident.skip_range) == 0
@@ -139,7 +141,7 @@ def test_seen_is_nothing_where_nothing_was_seen(process: Process) -> None:
 def test_unskip_names_what_an_incident_skipped(process: Process) -> None:
     process.rewinder.rewind(rewind_to(40, amount=100), at(61))
     process.ask("a", kind="unskip", incident=1, operator="ada@host")
-    (action,) = collected(process, at(40))
+    action = asked(process, at(40))
     assert isinstance(action, Unskip)
     assert (action.skipped, action.request) == (BatchRange(start=640, stop=976), "a")
     assert action.reason == "incident 1: unskip asked for by ada@host"
@@ -150,7 +152,7 @@ def test_unskip_covers_all_attempts_at_an_incident(process: Process) -> None:
     process.rewinder.rewind(rewind_to(40, amount=100, attempt=2), at(61, clock=82))
     process.rewinder.rewind(rewind_to(20, amount=2000, attempt=3), at(62, clock=104))
     process.ask("a", kind="unskip", incident=1)
-    (action,) = collected(process, at(20))
+    action = asked(process, at(20))
     assert isinstance(action, Unskip)
     assert action.skipped == BatchRange(start=320, stop=2320)
 
@@ -166,7 +168,7 @@ def test_other_files_are_left_alone(process: Process) -> None:
     folder = process.ask("a", kind="skip", amount="1 steps").parent
     (folder / ".b.json.17.tmp").write_text("{")
     (folder / "notes.txt").write_text("mine")
-    assert len(collected(process)) == 1
+    assert isinstance(asked(process), Skip)
     assert names(folder) == [".b.json.17.tmp", "a.json", "notes.txt"]
 
 
@@ -204,7 +206,7 @@ def test_request_that_makes_no_sense_is_refused_with_its_reason(
     fields: dict[str, object], message: str, process: Process, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = process.ask("a", **fields)
-    assert collected(process) == []
+    assert asked(process) is None
     assert process.answer("a")["is_accepted"] is False
     assert re.search(message, process.answer("a")["message"])
     assert not path.exists()
@@ -215,7 +217,7 @@ def test_request_that_makes_no_sense_is_refused_with_its_reason(
 def test_torn_request_is_refused_and_taken_off_the_list(content: bytes, process: Process) -> None:
     path = process.ask("a")
     path.write_bytes(content)
-    assert collected(process) == []
+    assert asked(process) is None
     assert "cannot be read; give it again" in process.answer("a")["message"]
     assert not path.exists()
 
@@ -224,7 +226,7 @@ def test_run_without_a_good_state_says_so(tmp_path: Path) -> None:
     process = Process(tmp_path)
     process.save(0, Health.CANDIDATE)
     process.ask("a", kind="rewind", to_step=5)
-    assert collected(process, at(10)) == []
+    assert asked(process, at(10)) is None
     assert process.answer("a")["message"].endswith("good ones are of steps none")
 
 
@@ -232,7 +234,7 @@ def test_unskip_names_the_incidents_that_skipped(process: Process) -> None:
     process.rewinder.rewind(rewind_to(40, amount=100, incident=2), at(61))
     process.rewinder.rewind(rewind_to(40, amount=0, incident=3), at(61, clock=82))
     process.ask("a", kind="unskip", incident=3)
-    assert collected(process, at(40)) == []
+    assert asked(process, at(40)) is None
     assert process.answer("a")["message"] == "incident 3 skipped nothing; incidents that did: [2]"
 
 
@@ -262,14 +264,14 @@ def test_request_that_was_done_before_a_restart_is_not_done_again(
     process: Process, tmp_path: Path
 ) -> None:
     process.ask("a", kind="skip", amount="3 batches")
-    (request,) = process.inbox.collect(at(61))
-    assert isinstance(request.action, Skip)
-    process.rewinder.skip(request.action, at(61))
+    action = asked(process)
+    assert isinstance(action, Skip)
+    process.rewinder.skip(action, at(61))
     # Killed here: the journal has it, the answer is missing, the request still waits.
     restarted = Process(tmp_path)
     resumed = restarted.rewinder.resume()
     assert resumed is not None
-    assert restarted.inbox.collect(resumed.state) == []
+    assert restarted.inbox.next_request(resumed.state) is None
     assert restarted.answer("a")["is_accepted"] is True
     assert "before a restart" in restarted.answer("a")["message"]
     assert restarted.ledger.num_samples() == 3 * BATCH_SAMPLES
@@ -302,7 +304,7 @@ def test_answer_that_cannot_be_written_does_not_end_the_run(
     process.control.mkdir()
     (process.control / "answers").write_text("a file in its place")
     process.ask("a", kind="nonsense")
-    assert collected(process) == []
+    assert asked(process) is None
     assert "the answer to request a could not be written" in caplog.text
 
 
@@ -408,7 +410,7 @@ def test_waiting_costs_no_look_at_the_disk(
     assert process.inbox.is_waiting()
 
 
-def test_request_is_seen_and_no_longer_waits_once_it_is_collected(
+def test_request_is_seen_and_no_longer_waits_once_it_is_read(
     process: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(control, "POLL_SECONDS", 0.005)
@@ -417,7 +419,7 @@ def test_request_is_seen_and_no_longer_waits_once_it_is_collected(
     process.ask("a", kind="nonsense")
     assert waits_for(process.inbox.is_waiting)
     process.inbox.close()
-    assert process.inbox.collect(at(61)) == []
+    assert process.inbox.next_request(at(61)) is None
     assert not process.inbox.is_waiting()
 
 

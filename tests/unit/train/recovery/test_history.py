@@ -74,13 +74,14 @@ def test_rewinds_of_a_person_do_not_count_against_the_budget() -> None:
         assert RecoveryHistory([replace(DONE, rung=rung)]).policy_rewinds() == 1
 
 
-def test_refused_updates_are_counted_and_known_by_their_clock() -> None:
-    history = RecoveryHistory([VETO, replace(VETO, clock=54), DONE])
+def test_refused_updates_are_counted_and_known_by_clock_and_step() -> None:
+    history = RecoveryHistory([VETO, replace(VETO, clock=54, detected_step=53), DONE])
     assert history.num_vetoes == 2
-    assert history.is_veto_known(53)
-    assert history.is_veto_known(54)
-    assert not history.is_veto_known(55)
-    assert not RecoveryHistory([DONE]).is_veto_known(53)
+    assert history.is_veto_known(53, step=52)
+    assert history.is_veto_known(54, step=53)
+    assert not history.is_veto_known(54, step=52)
+    assert not history.is_veto_known(55, step=54)
+    assert not RecoveryHistory([DONE]).is_veto_known(53, step=52)
 
 
 def test_last_incident_is_the_highest_number_even_of_what_is_not_finished() -> None:

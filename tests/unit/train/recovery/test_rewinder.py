@@ -331,6 +331,22 @@ def test_record_that_cannot_be_written_ends_the_run_before_anything_is_done(
     assert health_of(process, 60) is Health.CANDIDATE
 
 
+def test_quarantine_that_a_full_disk_kept_from_being_written_holds_after_a_restart(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("train.checkpoint.store.write_json", full)
+        process.rewinder.rewind(rewind_to(40), at(61))
+    assert health_of(process, 60) is Health.QUARANTINED
+    restarted = Process(tmp_path)
+    assert health_of(restarted, 60) is Health.CANDIDATE
+    assert taken_up(restarted).state == AFTER
+    assert health_of(restarted, 60) is Health.QUARANTINED
+
+
 # From memory, and from disk when that fails.
 
 
@@ -501,10 +517,11 @@ def test_refused_update_is_written_down_once(process: Process, tmp_path: Path) -
     taken_up(restarted)
     restarted.rewinder.note(note(62))
     restarted.rewinder.note(note(63))
+    restarted.rewinder.note(note(63, detected_step=20))  # a lost target led to an older state
     records = restarted.journal.read()
-    assert [record.clock for record in records] == [61, 62, 63]
+    assert [record.clock for record in records] == [61, 62, 63, 63]
     assert {record.phase for record in records} == {Phase.DONE}
-    assert restarted.history.num_vetoes == 3
+    assert restarted.history.num_vetoes == 4
 
 
 def test_note_changes_neither_data_nor_state(process: Process) -> None:
@@ -536,16 +553,25 @@ def test_restart_does_not_do_what_was_merely_observed(process: Process, tmp_path
     assert restarted.ledger.ranges() == []
 
 
-def test_stop_is_written_down_with_its_code(process: Process) -> None:
-    stop = Stop(reason="tried all", needs_save=False, is_failure=True, code="ladder_exhausted")
+def test_stop_is_written_down_with_what_led_to_it(process: Process) -> None:
+    stop = Stop(
+        reason="tried all",
+        needs_save=False,
+        is_failure=True,
+        code="ladder_exhausted",
+        rule="palm",
+        incident=3,
+        verdict="spike",
+        onset_step=55,
+        detected_step=60,
+    )
     process.rewinder.stopped(stop, at(61))
     (record,) = process.journal.read()
-    assert (record.rung, record.code, record.reason) == (
-        Rung.STOP,
-        "ladder_exhausted",
-        "tried all",
-    )
-    assert (record.phase, record.clock, record.detected_step) == (Phase.DONE, 61, 61)
+    assert (record.rung, record.phase, record.clock) == (Rung.STOP, Phase.DONE, 61)
+    assert (record.code, record.reason, record.rule) == ("ladder_exhausted", "tried all", "palm")
+    assert (record.incident, record.verdict) == (3, "spike")
+    assert (record.onset_step, record.detected_step) == (55, 60)
+    assert len(record.skip_range) == 0
     assert not record.is_rewind
 
 
