@@ -28,6 +28,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.detector_picture import write_picture  # noqa: E402
 from benchmarks.public_rules import RULES, Rule  # noqa: E402
 from train.recovery.detector import (  # noqa: E402
     CALM_KINDS,
@@ -315,8 +316,6 @@ def main() -> None:
         table.add_row(name, *cells)
     Console().print(table)
     if options.write:
-        from benchmarks.detector_picture import write_picture
-
         first = markdown(["detector", *COLUMNS.values()], overall)
         names = ["family", "need rollback", "harmless", "clean rows"]
         second = markdown([*names, *(COLUMNS[key] for key in FAMILY_COLUMNS)], by_family)

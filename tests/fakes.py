@@ -49,7 +49,9 @@ class NumberEngine:
 
     name = "number"
     can_veto = True
+    reads_together = True
     can_snapshot = True
+    reads_together = True
     checkpoint_format = "number"
     num_parameters = 1
     group_names: tuple[str, ...] = ()
@@ -130,34 +132,44 @@ class Counter(Callback):
 class Evidence:
     """Keeps in mind what was captured, and at which number the model was then."""
 
-    def __init__(self, engine: NumberEngine) -> None:
+    def __init__(self, engine: Any) -> None:
         self._engine = engine
         self.captured: list[tuple[Incident, TrainState, int]] = []
 
     def capture(self, intent: Incident, state: TrainState) -> None:
-        self.captured.append((intent, state, self._engine.number))
+        self.captured.append((intent, state, getattr(self._engine, "number", 0)))
 
 
 class Process:
     """All that one process of a run holds."""
 
     def __init__(
-        self, folder: Path, *, keep_snapshots: int = 3, callbacks: Sequence[Callback] = ()
+        self,
+        folder: Path,
+        *,
+        keep_snapshots: int = 3,
+        callbacks: Sequence[Callback] = (),
+        engine: Any = None,
+        source: Any = None,
+        world: World = WORLD,
     ) -> None:
-        self.engine, self.counter, self.source = NumberEngine(), Counter(), EmptySource()
+        self.engine: Any = engine or NumberEngine()
+        self.source: Any = source or EmptySource()
+        self.counter = Counter()
+        self.world = world
         self.ledger, self.returns = SkipLedger(), Returns()
         self.history = RecoveryHistory()
         self.evidence = Evidence(self.engine)
-        self.events = Events([self.counter, *callbacks], is_main=True)
+        self.events = Events([self.counter, *callbacks], is_main=world.is_main)
         self.schedule = constant_schedule()
         self.store = CheckpointStore(
             folder / "checkpoints",
-            WORLD,
+            world,
             keep_good=5,
             kept=lambda: self.history.kept_checkpoints(2),
         )
         self.store.open()
-        self.ring = SnapshotRing(self.engine, WORLD, size=keep_snapshots)
+        self.ring = SnapshotRing(self.engine, world, size=keep_snapshots)
         self.tiers = Tiers(self.store, self.ring)
         self.journal = Journal(folder / "journal.jsonl")
         self.rewinder = Rewinder(
@@ -168,7 +180,7 @@ class Process:
             returns=self.returns,
             engine=self.engine,
             events=self.events,
-            world=WORLD,
+            world=world,
             recorder=self.evidence,
         )
         self.control = folder / "control"
@@ -177,9 +189,8 @@ class Process:
             tiers=self.tiers,
             schedule=self.schedule,
             history=self.history,
-            ledger=self.ledger,
             sequence_length=SEQUENCE_LENGTH,
-            world=WORLD,
+            world=world,
         )
 
     def save(
@@ -193,6 +204,12 @@ class Process:
         """Keep a state whose model is the number of its step."""
         state = at(state) if isinstance(state, int) else state
         self.engine.number = self.counter.count = state.step
+        return self.keep(state, health, to_disk=to_disk, to_memory=to_memory)
+
+    def keep(
+        self, state: TrainState, health: Health, *, to_disk: bool = True, to_memory: bool = False
+    ) -> str:
+        """Keep a state with the model as it is."""
         extra = {"ledger": self.ledger.ranges(), "callbacks": self.events.state_dict()}
         if to_memory:
             self.ring.take(state, extra, health=health)
@@ -204,7 +221,13 @@ class Process:
         """Return what `train.loop.train` takes."""
         return Run(
             engine=self.engine,
-            data=SampleStream(self.source, self.ledger, rank=0, num_ranks=1, returns=self.returns),
+            data=SampleStream(
+                self.source,
+                self.ledger,
+                rank=self.world.rank,
+                num_ranks=self.world.size,
+                returns=self.returns,
+            ),
             schedule=self.schedule,
             events=self.events,
             tiers=self.tiers,

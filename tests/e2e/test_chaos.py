@@ -211,8 +211,12 @@ def test_nan_that_lasts_is_healed_by_a_replay(
 # Nothing wrong.
 
 
-def test_harder_data_do_no_harm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("batch_samples", [32, 64, 128])
+def test_harder_data_do_no_harm(batch_samples: int, tmp_path: Path) -> None:
+    """The larger the batch, the further the new level lies above the noise: 1.5 to 5 sigma."""
     folder = tmp_path / "run"
-    found = expect_complete(run([*FAULTY, "chaos=level_shift"], folder))
+    arguments = ["chaos=level_shift", f"schedule.batch_samples={batch_samples}"]
+    found = expect_complete(run([*FAULTY, *arguments], folder))
+    assert rungs(folder) == []
     assert found["skipped_samples"] == 0
     assert len(vetoed_steps(folder)) <= 5

@@ -48,8 +48,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def verify_files(folder: Path, files: Mapping[str, Mapping[str, object]]) -> None:
-    """Compare `files`, a part of a manifest, with what lies in `folder`.
+def verify_sizes(folder: Path, files: Mapping[str, Mapping[str, object]]) -> None:
+    """Compare the sizes in `files`, a part of a manifest, with what lies in `folder`.
 
     Raises: CorruptCheckpointError naming the file, what was expected and what was found.
     """
@@ -57,11 +57,24 @@ def verify_files(folder: Path, files: Mapping[str, Mapping[str, object]]) -> Non
         path = folder / name
         try:
             size = path.stat().st_size
-            if size != expected["bytes"]:
-                raise CorruptCheckpointError(
-                    f"{path} has {size} bytes, its manifest says {expected['bytes']}"
-                )
-            if file_digest(path) != expected["sha256"]:
-                raise CorruptCheckpointError(f"{path} does not match its SHA-256 in the manifest")
         except OSError as error:
             raise CorruptCheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if size != expected["bytes"]:
+            raise CorruptCheckpointError(
+                f"{path} has {size} bytes, its manifest says {expected['bytes']}"
+            )
+
+
+def verify_digests(folder: Path, files: Mapping[str, Mapping[str, object]]) -> None:
+    """Compare the digests in `files` with what lies in `folder`, byte by byte.
+
+    Raises: CorruptCheckpointError naming the file.
+    """
+    for name, expected in files.items():
+        path = folder / name
+        try:
+            digest = file_digest(path)
+        except OSError as error:
+            raise CorruptCheckpointError(f"{path} cannot be read ({error.strerror})") from error
+        if digest != expected["sha256"]:
+            raise CorruptCheckpointError(f"{path} does not match its SHA-256 in the manifest")

@@ -17,6 +17,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -29,7 +30,8 @@ from train.checkpoint.info import (
     CheckpointInfo,
     Health,
     file_digest,
-    verify_files,
+    verify_digests,
+    verify_sizes,
 )
 from train.distributed import World
 from train.durable import fsync_file, fsync_folder, write_json
@@ -187,9 +189,11 @@ class CheckpointStore:
         return info
 
     def load(self, engine: Engine, info: CheckpointInfo) -> dict[str, Any]:
-        """Verify a checkpoint, load it into the engine, and return its extra state. A collective.
+        """Load a checkpoint into the engine and return its extra state. A collective.
 
-        Raises: CorruptCheckpointError, on all ranks, before the engine is touched.
+        Its bytes are digested while they are read, so it is only known at the end whether they
+        were right. Raises: CorruptCheckpointError, on all ranks; if sizes and files were right,
+        the engine may then hold what must not be trained on: load another, or end.
         """
         if info.format != engine.checkpoint_format:
             raise CheckpointError(
@@ -197,22 +201,37 @@ class CheckpointStore:
                 f"reads {engine.checkpoint_format}; start with the engine, ranks and ZeRO stage "
                 "that wrote it"
             )
+        mine: dict[str, Any] = {}
         problem: str | None = None
-        state: dict[str, Any] = {}
         try:
-            manifest = json.loads((info.path / MANIFEST).read_text())
-            names = sorted(manifest["files"])[self._world.rank :: self._world.size]
-            verify_files(info.path, {name: manifest["files"][name] for name in names})
-            state = json.loads((info.path / STATE).read_text())
+            files = json.loads((info.path / MANIFEST).read_text())["files"]
+            mine = {n: files[n] for n in sorted(files)[self._world.rank :: self._world.size]}
+            verify_sizes(info.path, mine)
         except CorruptCheckpointError as error:
             problem = str(error)
         except (OSError, ValueError, KeyError) as error:
             problem = f"{info.path} cannot be read ({error})"
+        self._agree_it_is_whole(problem)
+        failure: Exception | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="digests") as thread:
+            digests = thread.submit(verify_digests, info.path, mine)
+            if not engine.reads_together:  # one rank's bad file would leave the others waiting
+                self._agree_it_is_whole(_problem_of(digests))
+            try:
+                engine.load(info.path)
+            except Exception as error:  # noqa: BLE001 - a bad byte may show as anything
+                failure = error
+        self._agree_it_is_whole(_problem_of(digests))
+        if failure is not None:
+            raise failure
+        state: dict[str, Any] = json.loads((info.path / STATE).read_text())
+        return state
+
+    def _agree_it_is_whole(self, problem: str | None) -> None:
+        """Raise CorruptCheckpointError on all ranks if one has a problem. A collective."""
         problems = [answer for answer in self._world.gather(problem) if answer]
         if problems:
             raise CorruptCheckpointError("; ".join(problems))
-        engine.load(info.path)
-        return state
 
     def promote(self, info: CheckpointInfo) -> None:
         """Call a candidate good. Called on all ranks; no collective.
@@ -271,6 +290,14 @@ class CheckpointStore:
                 except OSError as error:
                     logger.warning("%s could not be removed (%s)", info.path, error)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _problem_of(digests: Future[None]) -> str | None:
+    try:
+        digests.result()
+    except CorruptCheckpointError as error:
+        return str(error)
+    return None
 
 
 def _read_info(path: Path) -> CheckpointInfo | None:

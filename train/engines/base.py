@@ -27,6 +27,8 @@ class Engine(Protocol):
     """Whether a bad update can be refused on the device."""
     can_snapshot: bool
     """Whether `snapshot` and `restore` work with these settings."""
+    reads_together: bool
+    """Whether `load` fails on all ranks if it fails on one."""
     checkpoint_format: str
     """Engines of the same format read each other's checkpoints."""
     num_parameters: int

@@ -99,6 +99,7 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
     can_veto = False
+    reads_together = False
 
     def __init__(
         self,

@@ -77,6 +77,7 @@ class TorchEngine:
     """
 
     can_veto = True
+    reads_together = True
     can_snapshot = True
     checkpoint_format = "dcp"
 

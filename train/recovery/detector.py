@@ -4,9 +4,9 @@ What separates a spike from noise is persistence and the run's own noise, not he
 each step adds evidence, its deviation in robust standard deviations less a slack (Page's cumulative
 sum, Biometrika 41, 1954), and no step adds more than an outlier's worth:
 
-    one outlier's worth                 outlier: veto the update at most
-    `persistence - 1/2` outliers' worth spike, if one step alone was an outlier
-    2.5 times as much                   spike, of steps that are outliers only together
+    one outlier's worth            outlier: veto the update at most
+    one and a half, at step three  spike
+    eight steps flagged            spike, even if they are outliers only together
 
 Accepted steps alone make the baseline, so that a spike never enters its own. The lock-out is
 bounded: a level that holds for `max_flagged_steps` is accepted, and after `max_vetoed_steps` the
@@ -61,8 +61,8 @@ class SpikeDetector:
     `window`: accepted steps in the baseline; the memory of the noise (3 windows) and of slow rises
     (8 windows) follow from it. `warm_up_steps`: steps before the band is trusted; until then
     non-finite and absurd values alone are flagged. `threshold`: robust standard deviations that
-    make one step an outlier. `persistence`: outliers, with at most one calm step between, that
-    make a spike. `max_flagged_steps`: flagged steps after which a level is accepted.
+    make one step an outlier. `persistence`: how many more steps must confirm an outlier before it
+    is a spike. `max_flagged_steps`: flagged steps after which a level is accepted.
     `max_vetoed_steps`: flagged steps in a row after which the limits open until the run is calm.
     `announced_steps`: how long an announced change widens the band. `has_low_verdict`: whether a
     loss that falls far below its band is news.

@@ -5,6 +5,7 @@ Refuses environment variables and arguments, which may hold secrets. Nothing her
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import sys
@@ -20,11 +21,12 @@ _SOURCE = Path(__file__).resolve().parents[2]
 
 def versions() -> dict[str, str]:
     """Return the versions of what computes; DeepSpeed's only where it is in use."""
+    system = os.uname()  # `platform.platform` would start a process
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "platform": platform.platform(),
+        "platform": f"{system.sysname}-{system.release}-{system.machine}",
     }
     if torch.version.cuda is not None:
         found["cuda"] = torch.version.cuda
@@ -43,7 +45,7 @@ def device_name(device: torch.device) -> str:
     """Return what the device of this rank calls itself."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return platform.machine() + " CPU"
+    return f"{os.uname().machine} CPU"
 
 
 def git_revision(source: Path = _SOURCE) -> str | None:

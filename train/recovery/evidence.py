@@ -17,8 +17,9 @@ from train.recovery.baseline import MIN_SIGMA, number, numbers, optional_integer
 _SLACK_SIGMA = 1.5
 # A step is high, and can be part of a stretch, from here on.
 HIGH_SIGMA = 2.0
-# What steps need that are outliers only together, in multiples of what a spike needs.
-_WEAK_FACTOR = 2.5
+# Flagged steps, for each of `persistence`, that make a spike of steps that are outliers only
+# together; and as many if their peak is small.
+_LASTING, _LASTING_SMALL = 4, 8
 # The least peak that is worth a rollback: smaller ones are outliers, or slow.
 LEAST_PEAK = math.log(1.09)
 # What an outlier leaves behind: the mean deviation after it in standard errors, each step clipped.
@@ -60,7 +61,7 @@ class Stretch:
             if self.evidence > 0:
                 self.clear()
             return False
-        self.evidence = min(evidence, _WEAK_FACTOR * self._spike + self._worth)
+        self.evidence = min(evidence, self._spike + self._worth)
         if self.since_outlier > 0 or deviation > self._threshold:
             total = max(0.0, self.since_outlier + gain)
             self.since_outlier = min(total, self._spike + self._worth)
@@ -81,11 +82,14 @@ class Stretch:
     @property
     def is_spike(self) -> bool:
         """True if the evidence is that of a spike."""
-        has_lasted = self.num_since_outlier > self._persistence
-        is_sudden = has_lasted and self.since_outlier >= self._spike
-        if self.peak >= LEAST_PEAK and (is_sudden or self.num_confirmed >= self._persistence):
-            return True
-        return self.evidence >= _WEAK_FACTOR * self._spike
+        if self.peak < LEAST_PEAK:
+            return self.is_level(_LASTING_SMALL * self._persistence)
+        has_stayed = self.num_since_outlier > self._persistence
+        return (
+            (has_stayed and self.since_outlier >= self._spike)
+            or self.num_confirmed >= self._persistence
+            or self.is_level(_LASTING * self._persistence)
+        )
 
     def flag(self, log_value: float, num_kept: int) -> None:
         """Count a flagged step, and keep the newest values for the level that they may be."""

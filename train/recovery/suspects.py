@@ -44,7 +44,7 @@ class SampledStep:
     def reference_nats(self) -> float:
         """What a sample is compared with: the baseline, or the median of the batch if lower."""
         finite = self.losses[np.isfinite(self.losses)]
-        median = float(np.median(finite)) if len(finite) else math.inf
+        median = _median(finite) if len(finite) else math.inf
         return min(median, math.inf if self.baseline_nats is None else self.baseline_nats)
 
     def by_rank(self) -> Losses:
@@ -185,7 +185,7 @@ def odd_ranks(steps: Sequence[SampledStep], onset_step: int) -> OddRanks | None:
         if step.step < onset_step:
             continue
         reference = step.baseline_nats
-        excess = means - (float(np.median(means)) if reference is None else reference)
+        excess = means - (_median(means) if reference is None else reference)
         top, following = np.argsort(-excess, kind="stable")[:2].tolist()
         if excess[top] > 0:
             if excess[following] > _SHARE_OF_THE_NEXT * excess[top]:
@@ -197,3 +197,8 @@ def odd_ranks(steps: Sequence[SampledStep], onset_step: int) -> OddRanks | None:
                 f"{means[following]:.3f}",
             )
     return None
+
+
+def _median(values: Losses) -> float:
+    """Return the upper median; numpy's own loads masked arrays first, which takes 20 ms."""
+    return float(np.sort(values)[len(values) // 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from train.config import differences, flatten, known_keys, parse_config
 from train.errors import ConfigError
 from train.recovery.policy import Rule
-from train.settings import Amount, AmountUnit, EngineKind, RunConfig
+from train.settings import Amount, AmountUnit, EngineKind, RecoverySettings, RunConfig, Veto
 
 Node = dict[str, Any]
 ComposeNode = Callable[..., Node]
@@ -51,8 +52,15 @@ Problems = Callable[..., tuple[str, ...]]
 def test_default_config_is_taken(compose_config: ComposeConfig) -> None:
     config, node = compose_config()
     assert config.run.name == node["run"]["name"] == "a-run"
+    assert config.recovery.rule is Rule.LADDER
+    assert config.recovery.skip == Amount(300, AmountUnit.BATCHES)
+
+
+def test_recipe_of_falcon_recovers_as_falcon_did(compose_config: ComposeConfig) -> None:
+    config, _ = compose_config(["+exp=falcon_like"])
     assert config.recovery.rule is Rule.FALCON
     assert config.recovery.skip == Amount(10**9, AmountUnit.TOKENS)
+    assert config.recovery.rewind_steps == 0
 
 
 @pytest.mark.parametrize("experiment", [[], ["+exp=falcon_like"]], ids=["plain", "falcon_like"])
@@ -80,13 +88,67 @@ def test_rule_and_engine_of_an_option_arrive(compose_config: ComposeConfig) -> N
     assert config.engine.kind is EngineKind.FSDP
 
 
+RULES = sorted(path.stem for path in (CONF / "recovery").glob("*.yaml"))
+
+
+def test_every_rule_has_a_yaml_of_its_name() -> None:
+    assert sorted(Rule) == RULES
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_yaml_of_a_rule_sets_that_rule_and_what_it_leaves_alone_is_the_ladder_s(
+    rule: str, compose_config: ComposeConfig
+) -> None:
+    config, _ = compose_config([f"recovery={rule}"])
+    ladder, _ = compose_config([])
+    own = {"rule", "skip", "rewind_steps", "veto"}
+    assert config.recovery.rule is Rule(rule)
+    for field in fields(RecoverySettings):
+        if field.name not in own:
+            assert getattr(config.recovery, field.name) == getattr(ladder.recovery, field.name)
+
+
+@pytest.mark.parametrize(
+    ("rule", "skip", "rewind_steps"),
+    [
+        ("falcon", Amount(10**9, AmountUnit.TOKENS), 0),
+        ("palm", Amount(300, AmountUnit.BATCHES), 100),
+        ("ladder", Amount(300, AmountUnit.BATCHES), 100),
+    ],
+)
+def test_amounts_are_those_that_were_published(
+    rule: str, skip: Amount, rewind_steps: int, compose_config: ComposeConfig
+) -> None:
+    config, _ = compose_config([f"recovery={rule}"])
+    assert (config.recovery.skip, config.recovery.rewind_steps) == (skip, rewind_steps)
+
+
 def test_skip_and_rewind_are_scaled_to_the_size(compose_config: ComposeConfig) -> None:
     scales = ["recovery.token_scale=1e-4", "recovery.step_scale=0.1"]
-    falcon, _ = compose_config(scales)
+    falcon, _ = compose_config(["recovery=falcon", *scales])
     palm, _ = compose_config(["recovery=palm", *scales])
-    assert falcon.recovery.scaled_skip() == Amount(100_000, AmountUnit.TOKENS)
-    assert palm.recovery.scaled_skip() == Amount(30, AmountUnit.BATCHES)
-    assert palm.recovery.scaled_rewind_steps() == 10
+    skips = [config.recovery.scaled(config.recovery.skip) for config in (falcon, palm)]
+    assert skips == [Amount(100_000, AmountUnit.TOKENS), Amount(30, AmountUnit.BATCHES)]
+    assert falcon.recovery.furthest_rewind_steps() == 0
+    assert palm.recovery.furthest_rewind_steps() == 10
+
+
+@pytest.mark.parametrize(
+    ("rule", "veto"),
+    [
+        ("ladder", Veto.OUTLIER),
+        ("skip_step", Veto.OUTLIER),
+        ("falcon", Veto.NONFINITE),
+        ("palm", Veto.NONFINITE),
+        ("none", Veto.NONFINITE),
+        ("observe", Veto.OFF),
+    ],
+)
+def test_what_is_refused_goes_with_the_rule(
+    rule: str, veto: Veto, compose_config: ComposeConfig
+) -> None:
+    config, _ = compose_config([f"recovery={rule}"])
+    assert config.recovery.resolved_veto is veto
 
 
 def test_config_is_frozen(compose_config: ComposeConfig) -> None:
@@ -149,7 +211,24 @@ def test_missing_key_is_refused(compose_node: ComposeNode) -> None:
         ("engine.zero_stage=4", "engine.zero_stage=4: should be less than or equal to 3"),
         ("checkpoint.keep_good=1", "checkpoint.keep_good=1: should be greater than or equal to 2"),
         ("recovery.skip=lots", "recovery.skip='lots': should be an amount such as \"1B tokens\""),
-        ("recovery.rule=luck", "recovery.rule='luck': should be 'falcon', 'palm' or 'none'"),
+        ("recovery.rule=luck", "recovery.rule='luck': should be 'ladder', 'falcon', 'palm',"),
+        ("recovery.ladder=[jump]", "recovery.ladder.0='jump': should be 'veto', 'replay', "),
+        ("recovery.ladder=replay", "recovery.ladder='replay': should be a valid tuple"),
+        ("recovery.growth=0.9", "recovery.growth=0.9: should be greater than or equal to 1"),
+        ("recovery.growth=inf", "recovery.growth=inf: should be a finite number"),
+        ("recovery.cool_factor=1", "recovery.cool_factor=1: should be less than 1"),
+        ("recovery.cool_factor=0", "recovery.cool_factor=0: should be greater than 0"),
+        ("recovery.cool_steps=0", "recovery.cool_steps=0: should be greater than 0"),
+        ("recovery.max_vetoes_in_a_row=0", "recovery.max_vetoes_in_a_row=0: should be greater"),
+        ("recovery.max_vetoes=-1", "recovery.max_vetoes=-1: should be greater than or equal to 0"),
+        ("recovery.announced=[-1]", "recovery.announced.0=-1: should be greater than or equal"),
+        ("checkpoint.keep_snapshots=1", "checkpoint.keep_snapshots=1: should be 0, or at least 2"),
+        ("checkpoint.keep_snapshots=-1", "checkpoint.keep_snapshots=-1: should be 0, or at least"),
+        ("checkpoint.keep_incidents=-1", "checkpoint.keep_incidents=-1: should be greater than"),
+        (
+            "checkpoint.snapshot_interval_steps=0",
+            "checkpoint.snapshot_interval_steps=0: should be greater than 0",
+        ),
         ("cluster.kind=cloud", "cluster.kind='cloud': should be 'local' or 'slurm'"),
     ],
 )
@@ -303,8 +382,47 @@ def test_bad_config_has_the_exit_code_that_stops_a_requeue(problems_of: Problems
         (
             ["callbacks.names=[spike_detection,checkpointing]"],
             1,
-            "recovery.rule=falcon needs the callback spike_recovery in callbacks.names; add it, "
+            "recovery.rule=ladder needs the callback spike_recovery in callbacks.names; add it, "
             "or set recovery=none",
+        ),
+        (
+            ["recovery=observe", "callbacks.names=[spike_detection,checkpointing]"],
+            1,
+            "recovery.rule=observe needs the callback spike_recovery in callbacks.names; add it, "
+            "or set recovery=none",
+        ),
+        (
+            ["recovery.ladder=[replay,veto,skip]"],
+            1,
+            "recovery.ladder: veto is no attempt; use some of cool, replay, skip, skip_further, "
+            "in the order in which they are tried",
+        ),
+        (
+            ["recovery=observe", "recovery.ladder=[stop]"],
+            1,
+            "recovery.ladder: stop is no attempt",
+        ),
+        (
+            ["recovery.ladder=[]"],
+            1,
+            "recovery.ladder is empty; name at least one attempt, or use recovery=skip_step",
+        ),
+        (
+            ["recovery=observe", "recovery.ladder=[]"],
+            1,
+            "recovery.ladder is empty; name at least one attempt",
+        ),
+        (
+            ["recovery=skip_step", "recovery.veto=off"],
+            1,
+            "recovery.rule=skip_step only ever refuses updates, and recovery.veto=off refuses "
+            "none; use recovery=ladder",
+        ),
+        (
+            ["recovery=skip_step", "engine=deepspeed"],
+            1,
+            "recovery.rule=skip_step only ever refuses updates, and engine=deepspeed refuses "
+            "none; use recovery=ladder",
         ),
         (
             ["checkpoint.save_at_start=false", "checkpoint.interval_steps=401"],
@@ -345,11 +463,24 @@ def test_unknown_callback_is_refused(problems_of: Problems) -> None:
 
 def test_recovery_without_its_detector_is_refused(problems_of: Problems) -> None:
     (problem,) = problems_of("callbacks.names=[spike_recovery,checkpointing,tracking]")
-    assert problem.startswith("recovery.rule=falcon needs the callback spike_detection")
+    assert problem.startswith("recovery.rule=ladder needs the callback spike_detection")
 
 
 def test_rule_none_needs_no_recovery_callback(compose_config: ComposeConfig) -> None:
     compose_config(["recovery=none", "callbacks.names=[tracking]"])
+
+
+def test_ladder_of_a_rule_that_climbs_none_may_be_empty(compose_config: ComposeConfig) -> None:
+    for rule in ("falcon", "palm", "skip_step"):
+        compose_config([f"recovery={rule}", "recovery.ladder=[]"])
+
+
+def test_unknown_attempts_are_named_each(problems_of: Problems) -> None:
+    problems = problems_of("recovery.ladder=[unskip,skip,veto,veto]")
+    assert [problem.split(" is no attempt")[0] for problem in problems] == [
+        "recovery.ladder: unskip",
+        "recovery.ladder: veto",
+    ]
 
 
 def test_flag_limit_that_leaves_no_room_for_a_spike_is_refused(problems_of: Problems) -> None:

@@ -59,7 +59,9 @@ def test_folder_is_made_with_its_config_and_identity(tmp_path: Path) -> None:
     assert identity["run_id"] == folder.run_id
     assert identity["name"] == "r"
     assert (folder.path / "config.yaml").exists()
-    assert folder.checkpoints.parent == folder.journal.parent == folder.path
+    parts = (folder.checkpoints, folder.journal, folder.metrics, folder.incidents, folder.control)
+    assert {part.parent for part in parts} == {folder.path}
+    assert len({part.name for part in parts}) == len(parts)
 
 
 def test_same_config_takes_the_run_up_again(tmp_path: Path) -> None:
@@ -109,6 +111,10 @@ def test_overwrite_removes_what_a_run_writes_and_nothing_else(tmp_path: Path) ->
     first.checkpoints.mkdir()
     (first.checkpoints / "old").write_text("old")
     (first.path / "metrics.jsonl").write_text("old")
+    first.journal.write_text("old")
+    (first.incidents / "1").mkdir(parents=True)
+    (first.control / "requests").mkdir(parents=True)
+    (first.control / "requests" / "a.json").write_text("for the old run")
     (first.path / "wandb").symlink_to(tmp_path)
     (first.path / "notes.txt").write_text("mine")
     (first.path / "logs").mkdir()

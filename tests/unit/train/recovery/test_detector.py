@@ -9,7 +9,15 @@ from collections.abc import Iterable
 
 import pytest
 
-from train.recovery.detector import RobustBaseline, SpikeDetector, Verdict, VerdictKind
+from train.recovery.baseline import RobustBaseline
+from train.recovery.detector import (
+    CALM_KINDS,
+    ROLLBACK_KINDS,
+    SpikeDetector,
+    Verdict,
+    VerdictKind,
+    default_detector,
+)
 
 NOISE = 0.01
 
@@ -83,17 +91,66 @@ def test_single_high_step_is_only_an_outlier() -> None:
     assert set(kinds(feed(detector, [3.6] * 20, first_step=102))) == {VerdictKind.OK}
 
 
-def test_persisting_high_steps_are_a_spike_from_their_first_step_on() -> None:
+def test_high_steps_that_stay_are_a_spike_at_the_third_from_their_first_step_on() -> None:
     detector = settled()
     verdicts = feed(detector, [8.0, 8.0, 8.0], first_step=101)
-    assert kinds(verdicts) == [VerdictKind.OUTLIER, VerdictKind.SPIKE, VerdictKind.SPIKE]
+    assert kinds(verdicts) == [VerdictKind.OUTLIER, VerdictKind.OUTLIER, VerdictKind.SPIKE]
     assert [verdict.onset_step for verdict in verdicts] == [101, 101, 101]
+
+
+def test_gradient_norm_out_of_its_band_too_confirms_a_spike_at_the_second_step() -> None:
+    verdicts = feed(settled(), [8.0, 8.0], first_step=101, grad_norm=30.0)
+    assert kinds(verdicts) == [VerdictKind.OUTLIER, VerdictKind.SPIKE]
 
 
 def test_two_high_steps_with_one_calm_between_are_a_spike() -> None:
     verdicts = feed(settled(), [8.0, 3.6, 8.0], first_step=101)
     assert verdicts[-1].kind is VerdictKind.SPIKE
     assert verdicts[-1].onset_step == 101
+
+
+def test_two_high_steps_that_end_are_no_spike() -> None:
+    verdicts = feed(settled(), [8.0, 8.0, *[3.6] * 10], first_step=101)
+    assert VerdictKind.SPIKE not in kinds(verdicts)
+
+
+def test_lone_step_of_any_height_is_no_spike() -> None:
+    assert feed(settled(), [1e300, 3.6], first_step=101)[0].kind is VerdictKind.OUTLIER
+
+
+def test_low_excess_that_stays_is_a_spike_though_no_step_alone_is_an_outlier() -> None:
+    noise = random.Random(4)
+    detector = SpikeDetector()
+    feed(detector, [4.0 * math.exp(noise.gauss(0, 0.05)) for _ in range(200)])
+    high = [4.0 * math.exp(0.05 * 3.2 + noise.gauss(0, 0.01)) for _ in range(20)]
+    verdicts = feed(detector, high, first_step=201)
+    assert all(verdict.deviation < 6 for verdict in verdicts)
+    assert VerdictKind.SPIKE in kinds(verdicts)
+    assert verdicts[-1].onset_step == 201
+
+
+def test_small_excess_is_not_worth_a_rollback_until_it_lasts() -> None:
+    verdicts = feed(settled(), [3.62 * 1.08] * 16, first_step=101)
+    assert set(kinds(verdicts[:8])) == {VerdictKind.OUTLIER}
+    assert verdicts[15].kind is VerdictKind.SPIKE
+
+
+def test_outlier_that_leaves_a_trace_is_a_spike() -> None:
+    noise = random.Random(5)
+    detector = SpikeDetector()
+    feed(detector, [4.0 * math.exp(noise.gauss(0, 0.05)) for _ in range(200)])
+    after = [4.0 * math.exp(0.06 + noise.gauss(0, 0.03)) for _ in range(32)]
+    verdicts = feed(detector, [8.0, *after], first_step=201)
+    spike = next(verdict for verdict in verdicts if verdict.kind is VerdictKind.SPIKE)
+    assert spike.onset_step == 201
+
+
+def test_outlier_without_a_trace_is_no_spike() -> None:
+    noise = random.Random(5)
+    detector = SpikeDetector()
+    feed(detector, [4.0 * math.exp(noise.gauss(0, 0.05)) for _ in range(200)])
+    after = [4.0 * math.exp(noise.gauss(0, 0.05)) for _ in range(40)]
+    assert VerdictKind.SPIKE not in kinds(feed(detector, [8.0, *after], first_step=201))
 
 
 def test_high_steps_far_apart_are_outliers_of_their_own() -> None:
@@ -103,17 +160,26 @@ def test_high_steps_far_apart_are_outliers_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("persistence", [1, 2, 3, 5])
-def test_persistence_is_the_number_of_high_steps_that_make_a_spike(persistence: int) -> None:
-    found = kinds(feed(settled(persistence=persistence), [8.0] * 6, first_step=101))
-    assert found.index(VerdictKind.SPIKE) == persistence - 1
+def test_persistence_is_the_number_of_steps_that_must_confirm_an_outlier(persistence: int) -> None:
+    found = kinds(feed(settled(persistence=persistence), [8.0] * 7, first_step=101))
+    assert found.index(VerdictKind.SPIKE) == persistence
 
 
 def test_spike_does_not_enter_its_own_baseline() -> None:
     detector = settled()
-    before = json.dumps(detector.state_dict()["loss"])
-    verdicts = feed(detector, [8.0] * 50, first_step=101)
-    assert json.dumps(detector.state_dict()["loss"]) == before
+    parts = ("newest", "older", "residuals", "recent", "num_accepted", "sigma")
+    before = {part: detector.state_dict()["loss"][part] for part in parts}  # type: ignore[index]
+    verdicts = feed(detector, [8.0] * 30, first_step=101)
+    assert {p: detector.state_dict()["loss"][p] for p in parts} == before  # type: ignore[index]
     assert len({verdict.baseline_nats for verdict in verdicts}) == 1
+
+
+def test_plateau_is_not_let_in_after_four_steps_and_hides_nothing() -> None:
+    detector = settled()
+    verdicts = feed(detector, [6.0] * 12, first_step=101)
+    assert all(not verdict.is_calm for verdict in verdicts)
+    feed(detector, [3.6] * 10, first_step=113)
+    assert detector.update(123, 5.5, 1.0).kind is VerdictKind.OUTLIER
 
 
 def test_level_that_holds_is_accepted_after_max_flagged_steps() -> None:
@@ -128,7 +194,7 @@ def test_level_that_holds_is_accepted_after_max_flagged_steps() -> None:
 def test_spike_right_after_a_level_shift_is_still_seen() -> None:
     detector = settled(max_flagged_steps=30)
     feed(detector, [6.0] * 30, first_step=101)
-    verdicts = feed(detector, [7.5] * 4, first_step=131)  # 22 standard deviations
+    verdicts = feed(detector, [7.5] * 4, first_step=131)
     assert VerdictKind.SPIKE in kinds(verdicts)
 
 
@@ -185,10 +251,22 @@ def test_loss_leads_when_the_gradient_norm_stays_calm() -> None:
     assert (verdicts[-1].led_by, verdicts[-1].lead_steps) == ("loss", 0)
 
 
+def test_kinds_are_calm_or_need_a_rollback_or_neither() -> None:
+    neither = {VerdictKind.OUTLIER, VerdictKind.SUSPICIOUSLY_LOW}
+    assert set(VerdictKind) - CALM_KINDS - ROLLBACK_KINDS == neither
+    assert not CALM_KINDS & ROLLBACK_KINDS
+
+
+def test_default_detector_says_nothing_of_a_low_loss() -> None:
+    detector = default_detector()
+    feed(detector, falling_losses(100))
+    assert all(verdict.is_calm for verdict in feed(detector, [0.5] * 60, first_step=101))
+
+
 def test_gradient_norm_is_optional() -> None:
     detector = SpikeDetector()
     feed(detector, falling_losses(100), grad_norm=None)
-    verdicts = feed(detector, [8.0, 8.0], first_step=101, grad_norm=None)
+    verdicts = feed(detector, [8.0, 8.0, 8.0], first_step=101, grad_norm=None)
     assert verdicts[-1].kind is VerdictKind.SPIKE
 
 
