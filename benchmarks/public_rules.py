@@ -11,17 +11,19 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from train.recovery.detector import VerdictKind
+from train.recovery.detector import Verdict, VerdictKind
 
 OK, OUTLIER, SPIKE = VerdictKind.OK, VerdictKind.OUTLIER, VerdictKind.SPIKE
 DIVERGENCE, NONFINITE = VerdictKind.DIVERGENCE, VerdictKind.NONFINITE
 
 
 class Rule(Protocol):
-    """What a rule looks like: it judges one step by its loss and gradient norm."""
+    """What a rule, and our detector, looks like: it judges one step at a time."""
 
-    def update(self, step: int, loss_nats: float, grad_norm: float | None = None) -> VerdictKind:
-        """Judge one step."""
+    def update(
+        self, step: int, loss_nats: float, grad_norm: float | None = None
+    ) -> VerdictKind | Verdict:
+        """Judge one step by its loss and gradient norm."""
 
 
 class LightningSpikeDetection:

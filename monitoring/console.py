@@ -1,6 +1,6 @@
 """What a person sees in the terminal: one progress line while training, one table at the end.
 
-Owns the only use of `rich` in this package. Refuses to write progress to stdout (it goes to stderr;
+Owns the live use of `rich` in this package. Refuses to write progress to stdout (it goes to stderr;
 the summary goes to stdout) and refuses to render on the training thread: `update` only stores the
 numbers. Called on rank 0 by the reporting callback and the CLI.
 """

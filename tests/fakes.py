@@ -49,7 +49,6 @@ class NumberEngine:
 
     name = "number"
     can_veto = True
-    reads_together = True
     can_snapshot = True
     reads_together = True
     checkpoint_format = "number"

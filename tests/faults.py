@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Fault:
     `seconds_a_batch`: slows a run down, so that it can be killed, or asked for something.
     `is_lonely`: making a process group, or asking for one, ends the process with code 99.
     `full_disk`: during these batches, the disk of `run.dir` has no byte left; `full_in_rewind`: it
-    has none from the intent of a rewind on.
+    has none from just before the intent of a rewind on, or from just behind it.
     `never_sees`: the ranges that the ledger holds from the first step on, which makes a run that
     never met them; `cooled`: the cooling it has from the start, `(scale, from, until, return)`.
     `is_resume_corrupt`: the weights are perturbed once they were loaded. `more_bad_samples`: these
@@ -41,7 +41,7 @@ class Fault:
     seconds_a_batch: float = 0.0
     is_lonely: bool = False
     full_disk: range | None = None
-    full_in_rewind: bool = False
+    full_in_rewind: Literal["before_intent", "after_intent"] | None = None
     never_sees: tuple[tuple[int, int], ...] = ()
     cooled: tuple[float, int, int, int] | None = None
     is_resume_corrupt: bool = False
@@ -59,8 +59,8 @@ def install(fault: Fault, disk: Path) -> None:
         train.build.join_world = lambda *_, **__: os._exit(99)  # type: ignore[assignment]
     if fault.full_disk is not None:
         _fill_disk(disk / "ballast", fault.full_disk)
-    if fault.full_in_rewind:
-        _fill_disk_in_a_rewind(disk / "ballast")
+    if fault.full_in_rewind is not None and _rank() == 0:
+        _fill_disk_in_a_rewind(disk / "ballast", fault.full_in_rewind)
     if fault.never_sees:
         ledger = train.build.SkipLedger
         train.build.SkipLedger = partial(ledger, fault.never_sees)  # type: ignore[assignment, misc]
@@ -156,14 +156,18 @@ def _fill_disk(ballast: Path, batches: range) -> None:
     _wrap(SampleStream, "at", at)
 
 
-def _fill_disk_in_a_rewind(ballast: Path) -> None:
+def _fill_disk_in_a_rewind(ballast: Path, moment: str) -> None:
     from train.recovery.capsule import Capsules
+    from train.recovery.rewind import Rewinder
 
-    def capture(original: Any, *arguments: Any) -> Any:
+    def fill_first(original: Any, *arguments: Any) -> Any:
         _fill(ballast)
         return original(*arguments)
 
-    _wrap(Capsules, "capture", capture)
+    if moment == "before_intent":
+        _wrap(Capsules, "capture", fill_first)
+    else:
+        _wrap(Rewinder, "_finish", fill_first)
 
 
 def _cool(cooled: tuple[float, int, int, int]) -> None:

@@ -325,11 +325,12 @@ def sequence(
 ) -> list[int]:
     """Return what a run has to train on, by the plainest means: lists.
 
-    `skips`: `[start, stop)` in positions; `returns`: (position, start, stop), in order.
+    `skips`: `[start, stop)` in positions; `returns`: (position, start, stop). The order goes on
+    around what was put back, which stays where it was put.
     """
     order = list(range(4 * num_samples))
     skipped: set[int] = set()
-    for position, start, stop in returns:
+    for position, start, stop in sorted(returns):
         order[position:position] = order[start:stop]
     for start, stop in skips:
         skipped.update(range(start, stop))

@@ -20,6 +20,7 @@ import torch
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import build_trackers
 from train.callbacks.checkpointing import Checkpointing
+from train.callbacks.flight_recorder import FlightRecorder
 from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
@@ -55,6 +56,9 @@ from train.state import TrainState
 from train.throughput import peak_flops
 
 logger = logging.getLogger(__name__)
+
+# How long before its verdict a slow divergence can have begun: what the detector looks back on.
+_VERDICT_LAG_STEPS = 512
 
 
 def execute(
@@ -164,9 +168,13 @@ def _assemble(
         num_ranks=world.size,
         returns=returns,
     )
-    capsules = Capsules(folder.incidents, engine=engine, stream=stream, corpus=corpus, world=world)
+    recorder = FlightRecorder()
+    capsules = Capsules(
+        folder.incidents, engine=engine, stream=stream, corpus=corpus, world=world, log=recorder.log
+    )
     callbacks = _callbacks(
         config,
+        recorder,
         tracking=lambda: _tracking(config, node, world, folder, engine, process_start_time),
         tiers=tiers,
         schedule=schedule,
@@ -220,6 +228,7 @@ def _inbox(
 
 def _callbacks(
     config: RunConfig,
+    recorder: FlightRecorder,
     *,
     tracking: Callable[[], Callback],
     tiers: Tiers,
@@ -233,6 +242,7 @@ def _callbacks(
         "spike_detection": lambda: SpikeDetection(config.recovery, schedule, history),
         "spike_recovery": lambda: SpikeRecovery(config.recovery, tiers, schedule, history, length),
         "checkpointing": lambda: Checkpointing(config.checkpoint, tiers),
+        "flight_recorder": lambda: recorder,
         "tracking": tracking,
     }
     names = [name for name in config.callbacks.names if name != "tracking" or world.is_main]
@@ -255,6 +265,7 @@ def _tiers(
         keep_good=checkpoint.keep_good,
         # An onset is seen up to an interval late; the target must still be there.
         keep_steps=rewind_steps + checkpoint.interval_steps if rewind_steps else 0,
+        reach_steps=_VERDICT_LAG_STEPS + rewind_steps,
         kept=lambda: history.kept_checkpoints(checkpoint.keep_incidents),
     )
     store.open()

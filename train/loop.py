@@ -62,12 +62,13 @@ def train(run: Run, state: TrainState) -> Ending:
         started = time.perf_counter()
         lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
         batch = run.data.at(state.cursor, run.schedule.batch_samples_at(state.step))
+        gate = run.events.gate()
         step_started = time.perf_counter()
         signals = run.engine.step(
             batch.rows,
             num_tokens=batch.num_tokens,
             lr=lr,
-            gate=run.events.gate(),
+            gate=gate,
             flag=run.inbox.is_waiting(),
         )
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
@@ -79,6 +80,7 @@ def train(run: Run, state: TrainState) -> Ending:
             num_tokens=batch.num_tokens,
             started=step_started,
             data_seconds=step_started - started,
+            gate=gate,
             is_flushed=state.step == run.last_step or run.events.needs_current(state.step),
         )
         for action in _wanted([run.events.after_update(report) for report in ready]):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from train.recovery.detector import CALM_KINDS
-from train.signals import StepReport, StepSignals
+from train.signals import Gate, StepReport, StepSignals
 from train.state import TrainState
 
 
@@ -24,6 +24,7 @@ class _Pending:
     num_samples: int
     num_tokens: int
     data_seconds: float
+    gate: Gate
     step_seconds: float = 0.0
     finished_unix_seconds: float = 0.0
 
@@ -44,6 +45,7 @@ class ReportPipeline:
         num_tokens: int,
         started: float,
         data_seconds: float,
+        gate: Gate,
         is_flushed: bool,
     ) -> list[StepReport]:
         """Take the signals of a step, and return the reports that are ready, oldest first.
@@ -68,6 +70,7 @@ class ReportPipeline:
             num_samples=num_samples,
             num_tokens=num_tokens,
             data_seconds=data_seconds,
+            gate=gate,
         )
         if is_flushed and copied is not None:
             copied.synchronize()  # host sync, asked for
@@ -101,6 +104,7 @@ def _resolve(pending: _Pending) -> StepReport:
         step_seconds=pending.step_seconds,
         data_seconds=pending.data_seconds,
         finished_unix_seconds=pending.finished_unix_seconds,
+        gate=pending.gate,
     )
 
 

@@ -107,8 +107,8 @@ class StepReport:
     """One finished step as callbacks see it: frozen facts.
 
     `state` is the state after the step. `data_seconds` is what the step waited for data.
-    `finished_unix_seconds` is when it ended, not when it was reported. `verdict` is None until the
-    OBSERVE phase has run.
+    `finished_unix_seconds` is when it ended, not when it was reported. `gate` is what let
+    the update through or refused it. `verdict` is None until the OBSERVE phase has run.
     """
 
     state: TrainState
@@ -120,6 +120,7 @@ class StepReport:
     data_seconds: float
     finished_unix_seconds: float
     verdict: Verdict | None = None
+    gate: Gate = Gate()
 
     @property
     def update(self) -> Update:

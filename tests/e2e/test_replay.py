@@ -139,6 +139,21 @@ def test_replay_on_other_ranks_comes_to_the_same_and_says_that_it_was_on_others(
     assert output.with_suffix(".svg").exists()
 
 
+def test_target_that_lay_in_memory_alone_is_reached_from_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    memory = ["checkpoint.keep_snapshots=2", "checkpoint.snapshot_interval_steps=4"]
+    run([*FAULTY, *BAD_DATA, *memory], folder).expect(0)
+    replay(folder).expect(0)
+    found = attribution(folder)
+    assert found["target_step"] == 56 and found["trials"][0]["from_step"] == 50
+    assert found["cause"] == "data"
+    assert spiked(found) == {"A": True, "B": True, "C": False}
+    assert found["original"]["first_other_step"] is None, "A came to the target as the run did"
+    a, b, c = (trial["data"] for trial in found["trials"])
+    assert a == b and c[0] >= a[1]
+    assert any("lay in memory alone" in caveat for caveat in found["caveats"])
+
+
 def test_wrong_learning_rate_is_in_the_state(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shock = ["chaos=lr_shock", "chaos.length=5 steps", "chaos.factor=30"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from harness import (
@@ -180,22 +180,36 @@ def test_checkpoint_saved_amid_a_spike_is_never_loaded(tmp_path: Path) -> None:
     assert_trained_once(folder, samples)
 
 
-def test_full_disk_in_a_rewind_ends_the_run_undecided_and_room_brings_it_on(
-    small_disk: Callable[[Path, str], None], tmp_path: Path, recovered_single: Any
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("moment", ["before_intent", "after_intent"])
+def test_full_disk_in_a_rewind_ends_the_run_and_room_brings_it_to_the_same_end(
+    moment: Literal["before_intent", "after_intent"],
+    num_ranks: int,
+    small_disk: Callable[[Path, str], None],
+    tmp_path: Path,
+    recovered_single: Any,
+    recovered_ddp: Any,
 ) -> None:
-    """What could not be written was not decided; with room, the same is decided and done."""
+    """What could not be written was not decided; what was decided is finished."""
     disk, samples = tmp_path / "disk", tmp_path / "samples"
     small_disk(disk, "8m")
     folder, arguments = disk / "run", (*TINY, *BAD_DATA)
-    result = run(arguments, folder, fault=Fault(samples=samples, full_in_rewind=True)).expect(1)
-    assert "journal.jsonl cannot be written (No space left on device)" in result.output
-    assert "make room and start the same command again" in result.output
+    reference = recovered_single if num_ranks == 1 else recovered_ddp
+    fault = Fault(samples=samples, full_in_rewind=moment)
+    result = run(arguments, folder, num_ranks=num_ranks, fault=fault).expect(1)
     assert "Traceback" not in result.output
-    assert journal(folder) == []
+    phases = [record["phase"] for record in journal(folder)]
+    if moment == "before_intent":
+        assert "journal.jsonl cannot be written (No space left on device)" in result.output
+        assert "make room and start the same command again" in result.output
+        assert phases == []
+    else:  # a done record may still fit into the last page of the journal
+        assert phases[0] == "intent"
+        assert "make room and" in result.output
     (disk / "ballast").unlink()
-    run(arguments, folder, fault=Fault(samples=samples)).expect(0)
-    assert journal(folder) == journal(recovered_single.folder)
-    assert_same_tensors(checkpoints(folder)[-1], checkpoints(recovered_single.folder)[-1])
+    run(arguments, folder, num_ranks=num_ranks, fault=Fault(samples=samples)).expect(0)
+    assert journal(folder) == journal(reference.folder)
+    assert_same_tensors(checkpoints(folder)[-1], checkpoints(reference.folder)[-1])
     assert_trained_once(folder, samples)
 
 

@@ -100,7 +100,7 @@ class SpikeRecovery(Callback):
             target_step=target.step,
             skip_from=target.cursor,
             skip_amount=0
-            if decision.rung is Rung.REPLAY
+            if decision.skip_factor == 0
             else max(1, round(self._samples(amount, target.step) * decision.skip_factor)),
             margin=self._samples(self._settings.scaled(self._settings.margin), verdict.step),
             rule=str(self._settings.rule),

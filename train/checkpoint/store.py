@@ -55,12 +55,14 @@ class CheckpointStore:
         *,
         keep_good: int,
         keep_steps: int = 0,
+        reach_steps: int = 0,
         kept: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self.folder = folder
         self._world = world
         self._keep_good = keep_good
         self._keep_steps = keep_steps
+        self._reach_steps = reach_steps
         self._kept = kept
         self._catalogue: list[CheckpointInfo] = []
         self.unreadable: tuple[str, ...] = ()
@@ -265,7 +267,8 @@ class CheckpointStore:
 
         Kept: the newest good ones (never fewer than one while there is one), good ones back to one
         that is `keep_steps` older than the newest checkpoint, and all candidates younger than the
-        newest good one, and what `kept` names, equal on all ranks.
+        newest good one, and what `kept` names, equal on all ranks. Beyond that, one good one for
+        each doubling of its age up to `reach_steps`: trouble that came slowly is seen late.
         """
         good = self.trusted(Health.GOOD)
         kept_good = {info.name for info in good[-self._keep_good :]}
@@ -274,6 +277,11 @@ class CheckpointStore:
         if self._keep_steps:
             kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
         kept_good |= self._kept()
+        age = max(1, self._catalogue[-1].step - (good[-self._keep_good :] or good[-1:])[0].step)
+        while good and age < 2 * self._reach_steps:
+            old_enough = [i for i in good if i.step <= self._catalogue[-1].step - age]
+            kept_good |= {info.name for info in (old_enough[-1:] or good[:1])}
+            age *= 2
         newest_good_clock = good[-1].clock if good else -1
         for info in self.entries():
             is_live_candidate = (

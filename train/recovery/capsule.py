@@ -81,14 +81,14 @@ class Capsules(Callback):
         stream: SampleStream,
         corpus: CorpusInfo,
         world: World,
-        log: FlightLog | None = None,
+        log: FlightLog,
     ) -> None:
         self._folder = folder
         self._engine = engine
         self._stream = stream
         self._corpus = corpus
         self._world = world
-        self._log = FlightLog() if log is None else log
+        self._log = log
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="capsule")
 
     def close(self) -> None:

@@ -205,18 +205,18 @@ class SpikeDetector:
         if not is_warm_up and not is_announced and -rise > max(width, _LEAST_FALL):
             return self._fallen(step, log_loss, deviation)
         self._low_logs, self._low_since = [], None
-        if is_warm_up:  # the noise is not known yet: a step is absurd or nothing
-            is_confirmed, worth = False, deviation if deviation > self.threshold else 0.0
+        worth, is_confirmed = deviation, False
+        if is_warm_up or is_announced:  # the level is not known yet: a step is absurd or nothing
+            worth = deviation if deviation > self.threshold else 0.0
         else:
             is_confirmed = norm_deviation > self.threshold and deviation > HIGH_SIGMA
-            worth = deviation
             loss.observe(log_loss)
         stretch = self._stretch
         if stretch.add(step, worth, rise, is_confirmed):
             stretch.led_by, stretch.lead_steps = self._norms.leader(step)
-        if deviation <= HIGH_SIGMA:
+        if worth <= HIGH_SIGMA:
             self._resumed_at = None
-        if stretch.is_flagged(deviation):
+        if stretch.is_flagged(worth):
             return self._flag(step, log_loss, deviation, rise), False
         if is_announced and rise > self.threshold / 2 * loss.noise:
             return self._settle(step, log_loss, deviation)

@@ -39,6 +39,8 @@ class LoggedStep:
             "num_bad_ranks": signals.num_bad_ranks,
             "bad_rank": signals.bad_rank,
             "update": str(report.update),
+            "max_loss_nats": report.gate.max_loss_nats,
+            "max_grad_norm": report.gate.max_grad_norm,
             "step_seconds": report.step_seconds,
             "group_norms": list(signals.group_norms),
         }

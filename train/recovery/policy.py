@@ -22,6 +22,7 @@ first: AdaGC, arXiv 2502.11034, whose authors saw spikes that a plain replay did
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -55,6 +56,7 @@ class Rung(StrEnum):
 
 
 LADDER_RUNGS = frozenset({Rung.REPLAY, Rung.SKIP, Rung.SKIP_FURTHER, Rung.COOL})
+_SKIPPING = frozenset({Rung.SKIP, Rung.SKIP_FURTHER})
 _RULES_THAT_REFUSE = frozenset({Rule.LADDER, Rule.SKIP_STEP})
 # A drift is in the state by the time that it is seen, so the same data would only repeat it.
 _POINTLESS = {VerdictKind.DIVERGENCE: frozenset({Rung.REPLAY})}
@@ -179,6 +181,8 @@ def decide(
 def describe(verdict: Verdict) -> str:
     """Return the verdict in words, for reasons."""
     words = f"{verdict.kind} at step {verdict.onset_step}, found at step {verdict.step}"
+    if math.isfinite(verdict.deviation) and verdict.deviation > 0:
+        words += f", {verdict.deviation:.1f} sigma over its baseline"
     if verdict.led_by != "loss" and verdict.lead_steps > 0:
         words += f", {verdict.led_by} led by {verdict.lead_steps}"
     return words
@@ -223,11 +227,12 @@ def _climb(
             code="ladder_exhausted",
             reason=f"{describe(verdict)}; tried for incident {incident}: {tried}; the ladder ends "
             "here (recovery.ladder): look at its capsule and at `trimtab replay`, then lower "
-            "optim.lr, or clean the data, or add an attempt to the ladder and start again",
+            "optim.lr, or clean the data, or add an attempt to the ladder and start again; if a "
+            f"new level was meant to begin there, recovery.announced=[{verdict.onset_step}]",
         )
     rung = rungs[len(done)]
     onset = min([verdict.onset_step, *(entry.onset_step for entry in rewinds)])
-    num_skips = sum(entry.rung is not Rung.REPLAY for entry in rewinds)
+    num_skips = sum(entry.rung in _SKIPPING for entry in rewinds)
     steps_back = 0
     if rung is Rung.SKIP_FURTHER:
         num_further = sum(entry.rung is Rung.SKIP_FURTHER for entry in rewinds)
@@ -246,7 +251,8 @@ def _climb(
         below=min((entry.target_step for entry in rewinds), default=onset)
         if rung is Rung.SKIP_FURTHER
         else onset,
-        skip_factor=0.0 if rung is Rung.REPLAY else budget.growth**num_skips,
+        # Once it comes to cooling, other data have not helped: none are skipped for it.
+        skip_factor=budget.growth**num_skips if rung in _SKIPPING else 0.0,
         lr_scale=budget.cool_factor ** (num_cools + 1) if rung is Rung.COOL else 1.0,
     )
 
@@ -305,13 +311,17 @@ def _go_back(
     before = sorted(
         (target for target in targets if target.step < newest), key=lambda target: target.step
     )
+    if not before and not is_replaced:
+        # The onset is an estimate, and a late one of what came slowly: the oldest is the best.
+        oldest = sorted(targets, key=lambda target: target.step)[:1]
+        before = [target for target in oldest if target.step < verdict.step]
     if not before:
         return GiveUp(
             incident=incident,
             code="no_good_checkpoint",
             reason=f"{describe(verdict)}; there is no good checkpoint before it to go back to: "
-            "save earlier (checkpoint.interval_steps, checkpoint.good_after_steps) or keep the one "
-            "of step 0 (checkpoint.save_at_start=true)",
+            "save earlier (checkpoint.interval_steps, checkpoint.good_after_steps), keep more "
+            "(checkpoint.keep_good), or keep the one of step 0 (checkpoint.save_at_start=true)",
         )
     wanted = [target for target in before if target.step <= wanted_step and target.step < below]
     return GoBack(
@@ -319,7 +329,7 @@ def _go_back(
         incident=incident,
         attempt=attempt,
         rung=rung,
-        reason=f"{describe(verdict)}, {verdict.deviation:.1f} sigma over its baseline",
+        reason=describe(verdict),
         skip_factor=skip_factor,
         lr_scale=lr_scale,
     )

@@ -78,10 +78,8 @@ class Rewinder:
         target = self._tiers.find(action.target)
         assert target is not None, "a decision names a state of the catalogue"
         if action.skip_amount:
-            # The amount counts from the first sample that no earlier rewind skips: another rewind
-            # to the same target would skip nothing new.
-            fresh, _ = self._ledger.take(action.skip_from, 1)
-            amount = int(fresh[0]) - action.skip_from + action.skip_amount
+            # What an earlier rewind skips is not counted again: the amount is of fresh samples.
+            amount = self._ledger.advance(action.skip_from, action.skip_amount) - action.skip_from
             action = replace(action, skip_amount=amount)
         skip = action.skip_range(present.cursor)
         intent = Incident(

@@ -38,6 +38,7 @@ class FileEngine:
     def __init__(self) -> None:
         self.word = "fresh"
         self.failure: Exception | None = None
+        self.load_failure: Exception | None = None
 
     def step(self, *args: object, **kwargs: object) -> Any:
         raise NotImplementedError
@@ -63,6 +64,8 @@ class FileEngine:
             raise self.failure
 
     def load(self, folder: Path) -> None:
+        if self.load_failure is not None:
+            raise self.load_failure
         self.word = (folder / "word.bin").read_text()
 
 
@@ -166,6 +169,44 @@ def test_flipped_byte_is_found(
     with pytest.raises(CorruptCheckpointError, match=f"{name} does not match its SHA-256"):
         store.load(engine, info)
     assert (engine.word == "untouched") == (not reads_together)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
+def test_file_of_a_wrong_size_is_found_before_the_engine_is_touched(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    info = save(store, engine, 3)
+    (info.path / "word.bin").write_text("longer than it was")
+    engine.word = "untouched"
+    with pytest.raises(CorruptCheckpointError, match="has 18 bytes, its manifest says 9"):
+        store.load(engine, info)
+    assert engine.word == "untouched"
+
+
+@pytest.mark.parametrize("error", [CheckpointError("unreadable"), ValueError("7"), EOFError()])
+def test_reader_that_fails_on_wrong_bytes_is_a_corrupt_checkpoint(
+    error: Exception, store: CheckpointStore, engine: FileEngine
+) -> None:
+    info = save(store, engine, 3)
+    flip_a_bit(info.path / "word.bin")
+    engine.load_failure = error
+    with pytest.raises(CorruptCheckpointError, match=r"word\.bin does not match"):
+        store.load(engine, info)
+
+
+@pytest.mark.parametrize("error", [CheckpointError("unreadable"), ValueError("7")])
+def test_reader_that_fails_on_right_bytes_says_so_itself(
+    error: Exception, store: CheckpointStore, engine: FileEngine
+) -> None:
+    info = save(store, engine, 3)
+    engine.load_failure = error
+    with pytest.raises(type(error), match=str(error)):
+        store.load(engine, info)
 
 
 def test_truncated_and_missing_files_are_found(store: CheckpointStore, engine: FileEngine) -> None:

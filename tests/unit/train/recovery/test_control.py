@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import BATCH_SAMPLES, SEQUENCE_LENGTH, Killed, Process, at, rewind_to
@@ -72,7 +73,9 @@ def test_rewind_goes_to_the_youngest_good_state_at_or_before_its_step(process: P
     assert (action.skip_from, action.skip_amount) == (640, 0)
     assert (action.rule, action.rung, action.request) == ("operator", Rung.REWIND, "a")
     assert (action.onset_step, action.detected_step, action.incident) == (61, 61, 1)
-    assert action.reason == "rewind to step 45 asked for by ada@host"
+    assert action.reason == (
+        "rewind to step 45 asked for by ada@host, the last good state before it is of step 40"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,7 +146,7 @@ def test_unskip_names_what_an_incident_skipped(process: Process) -> None:
     process.ask("a", kind="unskip", incident=1, operator="ada@host")
     action = asked(process, at(40))
     assert isinstance(action, Unskip)
-    assert (action.skipped, action.request) == (BatchRange(start=640, stop=976), "a")
+    assert (action.skipped, action.request) == ((BatchRange(start=640, stop=976),), "a")
     assert action.reason == "incident 1: unskip asked for by ada@host"
 
 
@@ -154,7 +157,80 @@ def test_unskip_covers_all_attempts_at_an_incident(process: Process) -> None:
     process.ask("a", kind="unskip", incident=1)
     action = asked(process, at(20))
     assert isinstance(action, Unskip)
-    assert action.skipped == BatchRange(start=320, stop=2320)
+    assert action.skipped == (BatchRange(start=320, stop=2320),)
+
+
+def test_unskip_leaves_out_what_is_back_already(process: Process) -> None:
+    state, _ = process.rewinder.rewind(rewind_to(40, amount=100), at(61))
+    part = Unskip(skipped=(BatchRange(start=700, stop=800),), reason="", request="u")
+    process.rewinder.unskip(part, state, end_cursor=5000)
+    process.ask("a", kind="unskip", incident=1)
+    action = asked(process, state)
+    assert isinstance(action, Unskip)
+    left = (BatchRange(start=640, stop=700), BatchRange(start=800, stop=976))
+    assert action.skipped == left
+
+
+def test_unskip_cut_short_puts_back_the_rest_after_a_restart(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _ = process.rewinder.rewind(rewind_to(40, amount=100), at(61))
+    part = Unskip(skipped=(BatchRange(start=700, stop=800),), reason="", request="u")
+    process.rewinder.unskip(part, state, end_cursor=5000)
+    process.ask("a", kind="unskip", incident=1)
+    append = process.journal.append
+
+    def append_then_kill(incident: Any) -> None:
+        append(incident)
+        raise Killed
+
+    monkeypatch.setattr(process.journal, "append", append_then_kill)
+    with pytest.raises(Killed):
+        train(process.run(last_step=40), state)
+    restarted = Process(tmp_path)
+    resumed = restarted.rewinder.resume()
+    assert resumed is not None
+    train(restarted.run(last_step=40), resumed.state)
+    assert restarted.answer("a")["is_accepted"] is True
+    back = sorted((start, stop) for _, start, stop in restarted.returns.entries())
+    assert back == [(640, 700), (700, 800), (800, 976)]
+
+
+@pytest.mark.parametrize(
+    ("returns", "left"),
+    [
+        ([], [(10, 50)]),
+        ([(900, 10, 50)], []),
+        ([(900, 0, 100)], []),
+        ([(900, 0, 10), (950, 50, 60)], [(10, 50)]),
+        ([(900, 0, 20)], [(20, 50)]),
+        ([(900, 40, 60)], [(10, 40)]),
+        ([(900, 20, 30)], [(10, 20), (30, 50)]),
+        ([(900, 20, 30), (950, 10, 15)], [(15, 20), (30, 50)]),
+    ],
+)
+def test_what_is_left_of_a_range_is_what_was_not_put_back(
+    returns: list[tuple[int, int, int]], left: list[tuple[int, int]]
+) -> None:
+    pieces = control.without(BatchRange(start=10, stop=50), returns)
+    assert [(piece.start, piece.stop) for piece in pieces] == left
+
+
+@pytest.mark.parametrize(
+    ("pieces", "union"),
+    [
+        ([], []),
+        ([(1, 3)], [(1, 3)]),
+        ([(1, 3), (3, 5)], [(1, 5)]),
+        ([(1, 9), (2, 4), (8, 10)], [(1, 10)]),
+        ([(1, 3), (4, 5)], [(1, 3), (4, 5)]),
+    ],
+)
+def test_ranges_that_touch_become_one(
+    pieces: list[tuple[int, int]], union: list[tuple[int, int]]
+) -> None:
+    found = control.merged(BatchRange(start=start, stop=stop) for start, stop in pieces)
+    assert [(piece.start, piece.stop) for piece in found] == union
 
 
 def test_requests_are_met_in_the_order_of_their_names(process: Process) -> None:
@@ -245,7 +321,7 @@ def test_what_is_back_already_is_not_put_back_again(process: Process) -> None:
         state = train(process.run(last_step=40), at(40, clock=61)).state
         assert state.step == 40
         assert process.answer(name)["is_accepted"] is expected
-    assert "put back already" in process.answer("b")["message"]
+    assert "is put back already" in process.answer("b")["message"]
     assert len(process.returns.entries()) == 1
 
 
@@ -296,6 +372,23 @@ def test_rewind_cut_short_is_finished_and_its_request_not_done_again(
     assert restarted.answer("a")["is_accepted"] is True
     assert restarted.history.num_rewinds == 1
     assert restarted.ledger.ranges() == [(640, 640 + 3 * BATCH_SAMPLES)]
+
+
+def test_request_whose_file_cannot_be_removed_is_answered_once(
+    process: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    process.ask("a", kind="skip", amount="2 batches")
+    unlink = Path.unlink
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, **kw: (kept if path.name == "a.json" else unlink)(path, **kw)
+    )
+    train(process.run(last_step=61), at(61))
+    assert process.inbox.next_request(at(61)) is None
+    assert len(process.history.done) == 1
+    assert "the run goes on" in process.answer("a")["message"]
 
 
 def test_answer_that_cannot_be_written_does_not_end_the_run(

@@ -1,4 +1,4 @@
-"""The detector on the labelled curves: its promised quality, and its advantage over public rules."""
+"""The detector on the labelled curves: its promised quality beside the public rules."""
 
 from __future__ import annotations
 
@@ -74,8 +74,7 @@ def test_announced_mixture_switch_is_no_spike() -> None:
         rows = zip(curve.steps, curve.losses, curve.norms, strict=True)
         verdicts = [detector.update(*row) for row in rows]
         near = verdicts[onset : onset + 60]
-        assert VerdictKind.LEVEL_SHIFT in {verdict.kind for verdict in near}
-        assert not any(verdict.needs_rollback for verdict in near), name
+        assert all(verdict.is_calm for verdict in near), name
 
 
 def test_no_public_rule_is_as_good() -> None:

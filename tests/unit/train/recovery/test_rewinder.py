@@ -14,7 +14,7 @@ from train.actions import Note, Skip, Stop, Unskip
 from train.checkpoint.info import Health
 from train.checkpoint.snapshots import snapshot_name
 from train.errors import CorruptCheckpointError, JournalError
-from train.recovery.journal import Journal, Phase, pending
+from train.recovery.journal import Incident, Journal, Phase, pending
 from train.recovery.policy import Rung
 from train.recovery.rewind import Resumed
 from train.state import BatchRange, TrainState
@@ -529,7 +529,14 @@ def test_note_changes_neither_data_nor_state(process: Process) -> None:
     target = snapshot_name(at(40))
     process.rewinder.note(note())
     process.rewinder.note(
-        note(is_observed=True, rung=Rung.SKIP, incident=1, target=target, target_step=40)
+        note(
+            is_observed=True,
+            rung=Rung.SKIP,
+            incident=1,
+            target=target,
+            target_step=40,
+            code="a_code",
+        )
     )
     assert process.engine.number == 61
     assert process.ledger.ranges() == []
@@ -540,6 +547,7 @@ def test_note_changes_neither_data_nor_state(process: Process) -> None:
         target,
         40,
     )
+    assert observed.code == "a_code"
 
 
 def test_restart_does_not_do_what_was_merely_observed(process: Process, tmp_path: Path) -> None:
@@ -600,7 +608,9 @@ def test_second_skip_at_the_same_place_skips_fresh_data(process: Process) -> Non
 LAST_STEP = 300
 
 
-def unskip(process: Process, state: TrainState, skipped: BatchRange, name: str = "u") -> Any:
+def unskip(
+    process: Process, state: TrainState, *skipped: BatchRange, name: str = "u"
+) -> list[Incident]:
     end = process.ledger.advance(state.cursor, BATCH_SAMPLES * (LAST_STEP - state.step))
     action = Unskip(skipped=skipped, reason="innocent", request=name)
     return process.rewinder.unskip(action, state, end_cursor=end)
@@ -609,12 +619,41 @@ def unskip(process: Process, state: TrainState, skipped: BatchRange, name: str =
 def test_what_is_put_back_is_the_last_that_the_run_reads(process: Process) -> None:
     state, incident = process.rewinder.rewind(rewind_to(40), at(61))
     before = process.samples(state, up_to_step=LAST_STEP)
-    record = unskip(process, state, incident.skip_range)
+    (record,) = unskip(process, state, incident.skip_range)
     after = process.samples(state, up_to_step=LAST_STEP)
     num_back = len(incident.skip_range)
-    assert after == before[:-num_back] + list(range(640, 976))
+    assert after == [*before[:-num_back], *range(640, 976)]
     assert (record.rung, record.rule, record.request) == (Rung.UNSKIP, "operator", "u")
-    assert record.returned == (process.returns.entries()[0])
+    assert [record.returned] == process.returns.entries()
+
+
+def test_several_ranges_are_put_back_in_their_order(process: Process) -> None:
+    state, _ = process.rewinder.rewind(rewind_to(40), at(61))
+    before = process.samples(state, up_to_step=LAST_STEP)
+    ranges = [BatchRange(start=640, stop=700), BatchRange(start=800, stop=900)]
+    records = unskip(process, state, *ranges)
+    after = process.samples(state, up_to_step=LAST_STEP)
+    assert after == [*before[:-160], *range(640, 700), *range(800, 900)]
+    assert sorted(record.request for record in records) == ["", "u"]
+
+
+def test_request_for_several_ranges_is_known_only_when_all_are_back(
+    process: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, _ = process.rewinder.rewind(rewind_to(40), at(61))
+    ranges = [BatchRange(start=640, stop=700), BatchRange(start=800, stop=900)]
+
+    def append_then_kill(incident: Any) -> None:
+        Journal.append(process.journal, incident)
+        raise Killed
+
+    monkeypatch.setattr(process.journal, "append", append_then_kill)
+    with pytest.raises(Killed):
+        unskip(process, state, *ranges)
+    restarted = Process(tmp_path)
+    taken_up(restarted)
+    assert len(restarted.returns.entries()) == 1
+    assert not restarted.history.is_request_known("u")
 
 
 def test_what_is_put_back_survives_a_restart(process: Process, tmp_path: Path) -> None:
@@ -632,8 +671,8 @@ def test_two_that_are_put_back_are_both_read(process: Process) -> None:
     _, first = process.rewinder.rewind(rewind_to(40), at(61))
     later = TrainState(step=50, cursor=976 + 160, clock=71)
     second = process.rewinder.skip(Skip(amount=200, reason="", request="s"), later)
-    unskip(process, later, first.skip_range, "a")
-    unskip(process, later, second.skip_range, "b")
+    unskip(process, later, first.skip_range, name="a")
+    unskip(process, later, second.skip_range, name="b")
     trained = process.samples(later, up_to_step=LAST_STEP)
     assert len(set(trained)) == len(trained)
     assert {*range(640, 976), *range(1136, 1336)} <= set(trained)
@@ -644,8 +683,8 @@ def test_what_finds_no_room_is_read_only_by_a_longer_run(room: int, process: Pro
     state, incident = process.rewinder.rewind(rewind_to(40), at(61))
     assert len(incident.skip_range) == 336
     end = 976 + room
-    action = Unskip(skipped=incident.skip_range, reason="innocent", request="u")
-    record = process.rewinder.unskip(action, replace(state, cursor=976), end_cursor=end)
+    action = Unskip(skipped=(incident.skip_range,), reason="innocent", request="u")
+    (record,) = process.rewinder.unskip(action, replace(state, cursor=976), end_cursor=end)
     assert record.returned is not None
     is_read = record.returned[0] + 336 <= end
     assert is_read == (room >= 336)
@@ -656,7 +695,7 @@ def test_what_is_put_back_lies_before_no_cursor_in_use_and_after_what_is_skipped
     process: Process,
 ) -> None:
     state, incident = process.rewinder.rewind(rewind_to(40, amount=3000), at(61))
-    record = unskip(process, state, BatchRange(start=640, stop=700))
+    (record,) = unskip(process, state, BatchRange(start=640, stop=700))
     assert record.returned is not None
     assert record.returned[0] >= process.ledger.end > state.cursor
     assert incident.skip == (640, 3640)
@@ -673,17 +712,17 @@ def test_what_is_skipped_further_on_stays_skipped_when_something_is_put_back(
     assert state.cursor == 640
     bad = set(range(800, 3800))
     assert bad.isdisjoint(restarted.samples(state, up_to_step=LAST_STEP))
-    action = Unskip(skipped=BatchRange(start=320, stop=420), reason="", request="u")
+    action = Unskip(skipped=(BatchRange(start=320, stop=420),), reason="", request="u")
     restarted.rewinder.unskip(action, state, end_cursor=3850)
     assert bad.isdisjoint(restarted.samples(state, up_to_step=LAST_STEP))
 
 
 def test_what_cannot_be_put_back_is_not_written_down(process: Process, tmp_path: Path) -> None:
     state, incident = process.rewinder.rewind(rewind_to(40), at(61))
-    unskip(process, state, incident.skip_range, "a")
+    unskip(process, state, incident.skip_range, name="a")
     num_records = len(process.journal.read())
     with pytest.raises(ValueError, match="are back already"):
-        unskip(process, state, incident.skip_range, "b")
+        unskip(process, state, incident.skip_range, name="b")
     assert len(process.journal.read()) == num_records
     taken_up(Process(tmp_path))
 
