@@ -151,7 +151,9 @@ def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
     """Keep the state and return True; a save to disk that fails is a warning. A collective."""
     extra = {"ledger": run.data.ledger.ranges(), "callbacks": run.events.state_dict()}
     if action.to_memory:
-        run.events.snapshot_taken(state, run.tiers.ring.take(state, extra, health=health))
+        seconds = run.tiers.ring.take(state, extra, health=health)
+        if seconds is not None:
+            run.events.snapshot_taken(state, seconds)
     if not action.to_disk:
         return True
     started = time.perf_counter()

@@ -57,13 +57,15 @@ class SnapshotRing:
         """Return the snapshots of one health, oldest first."""
         return [slot.info for slot in self._slots if slot.info.health is health]
 
-    def take(self, state: TrainState, extra: Mapping[str, object], *, health: Health) -> float:
+    def take(self, state: TrainState, extra: Mapping[str, object], *, health: Health) -> float | None:
         """Copy the present state into the ring and return the seconds that the step waited.
+
+        None if it was not taken: the ring has no room for it now.
 
         Called on all ranks; no collective.
         """
         if self._size == 0:
-            return 0.0
+            return None
         started = time.perf_counter()
         name = snapshot_name(state)
         self._give_up([slot for slot in self._slots if slot.info.name == name])
@@ -73,7 +75,7 @@ class SnapshotRing:
             # The oldest candidate is the next good one: without it, none would ever become good.
             expendable = good[:-1][:1] or candidates[1:][-1:]
             if not expendable and good and candidates:
-                return 0.0
+                return None
             self._give_up(expendable or self._slots[:1])
         tensors = self._engine.snapshot(self._spare.pop() if self._spare else None)
         info = CheckpointInfo(

@@ -48,6 +48,8 @@ class RecoveryHistory:
     def replace(self, records: Iterable[Incident]) -> None:
         """Take up the whole journal, as at a start."""
         self._records = list(records)
+        self.num_vetoes = sum(record.rung is Rung.VETO for record in self.done)
+        """Refused updates that were written down; read before every step."""
         self.coolings = [
             Cooling(
                 scale=record.lr_scale,
@@ -73,11 +75,6 @@ class RecoveryHistory:
     def num_rewinds(self) -> int:
         """Rewinds of the whole run, an operator's among them."""
         return sum(record.is_rewind for record in self.done)
-
-    @property
-    def num_vetoes(self) -> int:
-        """Refused updates that were written down."""
-        return sum(record.rung is Rung.VETO for record in self.done)
 
     @property
     def last_incident(self) -> int:
@@ -126,6 +123,10 @@ class RecoveryHistory:
             r.rung is Rung.VETO and (r.clock, r.detected_step) == (clock, step)
             for r in self._records
         )
+
+    def is_observed(self, incident: int) -> bool:
+        """True if it is written down what would have been done about an incident."""
+        return any(r.phase is Phase.OBSERVED and r.incident == incident for r in self._records)
 
     def is_request_known(self, request: str) -> bool:
         """True if an operator's request was fulfilled before a crash."""

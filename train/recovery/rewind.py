@@ -117,6 +117,8 @@ class Rewinder:
         here = action.detected_step
         if action.rung is Rung.VETO and self._history.is_veto_known(action.clock, here):
             return  # a crash has brought the same step again
+        if action.is_observed and self._history.is_observed(action.incident):
+            return  # two reports came at once
         self._write(
             Incident(
                 incident=action.incident,

@@ -239,13 +239,25 @@ def test_steps_of_the_rule_are_scaled_to_the_size_of_the_run(
     compose_config: ComposeConfig, process: Process
 ) -> None:
     ladder = "recovery.ladder=[skip_further]"
-    config, _ = compose_config(["recovery.step_scale=0.5", "recovery.rewind_steps=100", ladder])
+    config, _ = compose_config(["recovery.step_scale=0.5", "recovery.rewind_steps=40", ladder])
     for step in range(0, 100, 10):
-        process.save(step, Health.GOOD, to_memory=step >= 70)
-    action = recovery(config, process).after_update(report(95, VerdictKind.SPIKE, onset=93))
+        process.save(step, Health.GOOD)
+    action = recovery(config, process).after_update(SPIKE)
     assert isinstance(action, Rewind)
-    # 50 before 93 is wanted; five good ones are on disk, 50 to 90.
-    assert action.target_step == 50
+    assert action.target_step == 70, "20 steps before the onset at 93, not 40"
+
+
+@pytest.mark.parametrize(("onset", "incident", "attempt"), [(110, 1, 2), (111, 2, 1)])
+def test_cooldown_is_scaled_to_the_size_of_the_run(
+    onset: int, incident: int, attempt: int, compose_config: ComposeConfig, process: Process
+) -> None:
+    config, _ = compose_config(["recovery.step_scale=0.5", "recovery.cooldown_steps=100"])
+    process.save(40, Health.GOOD)
+    process.rewinder.rewind(rewind_to(40, rung=Rung.REPLAY, amount=0), at(61))
+    found = report(onset + 1, VerdictKind.SPIKE, onset=onset)
+    action = recovery(config, process).after_update(found)
+    assert isinstance(action, Rewind)
+    assert (action.incident, action.attempt) == (incident, attempt)
 
 
 def test_refused_update_is_noted(compose_config: ComposeConfig, process: Process) -> None:

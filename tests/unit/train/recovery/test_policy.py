@@ -140,6 +140,12 @@ def test_rewind_goes_to_the_latest_good_checkpoint_before_the_onset(rule: Rule) 
 
 
 @pytest.mark.parametrize("rule", [Rule.LADDER, Rule.FALCON])
+def test_checkpoint_of_the_step_before_the_onset_is_early_enough(rule: Rule) -> None:
+    found = verdict(VerdictKind.SPIKE, onset=81, step=82)
+    assert chosen(decision(rule, found, steps_before_onset=0)) == 80
+
+
+@pytest.mark.parametrize("rule", [Rule.LADDER, Rule.FALCON])
 def test_checkpoint_of_the_onset_step_itself_is_not_trusted(rule: Rule) -> None:
     found = verdict(VerdictKind.SPIKE, onset=80, step=82)
     assert chosen(decision(rule, found, steps_before_onset=0)) == 60
