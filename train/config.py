@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from launch.cluster import problems as cluster_problems
 from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
-from train.recovery.policy import LADDER_RUNGS, Rule
+from train.recovery.policy import LISTED_RUNGS, Rule
 from train.settings import (
     AmountUnit,
     ChaosKind,
@@ -247,10 +247,10 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                     "add it, or set recovery=none"
                 )
         rungs = recovery.ladder
-        for rung in sorted(set(rungs) - LADDER_RUNGS):
+        for rung in sorted(set(rungs) - LISTED_RUNGS):
             yield (
                 f"recovery.ladder: {rung} is no attempt; use some of "
-                f"{', '.join(sorted(LADDER_RUNGS))}, in the order in which they are tried"
+                f"{', '.join(sorted(LISTED_RUNGS))}, in the order in which they are tried"
             )
         cannot_refuse = config.engine.kind is EngineKind.DEEPSPEED
         if recovery.rule is Rule.SKIP_STEP and (recovery.veto is Veto.OFF or cannot_refuse):

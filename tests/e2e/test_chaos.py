@@ -6,6 +6,7 @@ enough for what these faults do. The fault strikes in the step that makes update
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,9 @@ def test_nan_that_lasts_is_healed_by_a_replay(
     assert rungs(folder) == ["replay"]
     assert found["skipped_samples"] == 0
     assert found["validation_loss_nats"] == pytest.approx(clean_loss, rel=1e-5)
+    capsule = json.loads((folder / "incidents" / "0001-1" / "capsule.json").read_text())
+    assert capsule["ranks"]["bad_rank"] == 1
+    assert capsule["ranks"]["bad_rank_step"] == ONSET_STEP
 
 
 # Nothing wrong.

@@ -86,8 +86,9 @@ def test_raising_the_budget_goes_on_where_recovery_gave_up(
     run([*arguments, "recovery.max_rewinds=0"], folder).expect(3)
     run([*arguments, "recovery.max_rewinds=0"], folder).expect(3)
     run([*arguments, "recovery.max_rewinds=1"], folder).expect(0)
-    assert incidents(folder) == incidents(recovered_single.folder)
     assert rungs(folder) == ["stop", "stop", "skip"]
+    assert {record["incident"] for record in journal(folder)} == {1}, "one trouble, one incident"
+    assert incidents(folder) == incidents(recovered_single.folder)
     assert summary(folder)["finished"] is True
     assert_same_tensors(checkpoints(folder)[-1], checkpoints(recovered_single.folder)[-1])
 

@@ -83,6 +83,7 @@ class SpikeDetection(Callback):
             step in self._settings.announced
             or self._schedule.is_change_at(step - 1)
             or any(step - 1 in (c.from_step, c.until_step) for c in self._history.coolings)
+            or step - 1 in self._history.accepted_steps
         )
 
     def state_dict(self) -> dict[str, object]:

@@ -57,7 +57,9 @@ class SnapshotRing:
         """Return the snapshots of one health, oldest first."""
         return [slot.info for slot in self._slots if slot.info.health is health]
 
-    def take(self, state: TrainState, extra: Mapping[str, object], *, health: Health) -> float | None:
+    def take(
+        self, state: TrainState, extra: Mapping[str, object], *, health: Health
+    ) -> float | None:
         """Copy the present state into the ring and return the seconds that the step waited.
 
         None if it was not taken: the ring has no room for it now.

@@ -277,10 +277,11 @@ class CheckpointStore:
         if self._keep_steps:
             kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
         kept_good |= self._kept()
-        age = max(1, self._catalogue[-1].step - (good[-self._keep_good :] or good[-1:])[0].step)
-        while good and age < 2 * self._reach_steps:
-            old_enough = [i for i in good if i.step <= self._catalogue[-1].step - age]
-            kept_good |= {info.name for info in (old_enough[-1:] or good[:1])}
+        newest = self._catalogue[-1].step
+        age = max(1, newest - (good[-self._keep_good :] or self._catalogue[-1:])[0].step)
+        while age < self._reach_steps:
+            # The oldest of each doubling: it is the one that moves on to the next.
+            kept_good |= {i.name for i in [g for g in good if age < newest - g.step <= 2 * age][:1]}
             age *= 2
         newest_good_clock = good[-1].clock if good else -1
         for info in self.entries():

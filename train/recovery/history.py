@@ -50,6 +50,8 @@ class RecoveryHistory:
         self._records = list(records)
         self.num_vetoes = sum(record.rung is Rung.VETO for record in self.done)
         """Refused updates that were written down; read before every step."""
+        self.accepted_steps = {r.lr_from_step for r in self.done if r.rung is Rung.ACCEPT}
+        """From here on, a new level is no trouble."""
         self.coolings = [
             Cooling(
                 scale=record.lr_scale,

@@ -42,20 +42,26 @@ class Rule(StrEnum):
 
 
 class Rung(StrEnum):
-    """What one attempt does; the last three are an operator's."""
+    """What one attempt does. `accept` is never listed: the ladder sees for itself that it is due.
+    The last three are an operator's.
+    """
 
     VETO = "veto"
     REPLAY = "replay"
     SKIP = "skip"
     SKIP_FURTHER = "skip_further"
     COOL = "cool"
+    ACCEPT = "accept"
     STOP = "stop"
     REWIND = "rewind"
     SKIP_AHEAD = "skip_ahead"
     UNSKIP = "unskip"
 
 
-LADDER_RUNGS = frozenset({Rung.REPLAY, Rung.SKIP, Rung.SKIP_FURTHER, Rung.COOL})
+LISTED_RUNGS = frozenset({Rung.REPLAY, Rung.SKIP, Rung.SKIP_FURTHER, Rung.COOL})
+LADDER_RUNGS = LISTED_RUNGS | {Rung.ACCEPT}
+# The onset of what comes at once is found that many steps after the target, at most.
+_AT_ONCE_STEPS = 4
 _SKIPPING = frozenset({Rung.SKIP, Rung.SKIP_FURTHER})
 _RULES_THAT_REFUSE = frozenset({Rule.LADDER, Rule.SKIP_STEP})
 # A drift is in the state by the time that it is seen, so the same data would only repeat it.
@@ -220,7 +226,10 @@ def _climb(
         and rung in _ONLY.get(verdict.kind, LADDER_RUNGS)
     ]
     done = [entry.rung for entry in rewinds if entry.rung in rungs]
-    if len(done) >= len(rungs):
+    left = rungs[len(done) :]
+    if _is_new_level(verdict, rewinds) and not _SKIPPING & set(left):
+        left = [Rung.ACCEPT, *left]
+    if not left:
         tried = ", ".join(entry.rung for entry in rewinds) or "nothing that could help"
         return GiveUp(
             incident=incident,
@@ -230,7 +239,7 @@ def _climb(
             "optim.lr, or clean the data, or add an attempt to the ladder and start again; if a "
             f"new level was meant to begin there, recovery.announced=[{verdict.onset_step}]",
         )
-    rung = rungs[len(done)]
+    rung = left[0]
     onset = min([verdict.onset_step, *(entry.onset_step for entry in rewinds)])
     num_skips = sum(entry.rung in _SKIPPING for entry in rewinds)
     steps_back = 0
@@ -254,6 +263,29 @@ def _climb(
         # Once it comes to cooling, other data have not helped: none are skipped for it.
         skip_factor=budget.growth**num_skips if rung in _SKIPPING else 0.0,
         lr_scale=budget.cool_factor ** (num_cools + 1) if rung is Rung.COOL else 1.0,
+    )
+
+
+def _is_new_level(verdict: Verdict, rewinds: Sequence[Past]) -> bool:
+    """True if other data, further on each time, met a sound state with the same trouble at once.
+
+    Then it is not in the state, which was sound before, nor in a stretch of the data: from there
+    on, all of them are different. What is keyed to the step, such as a learning rate that is too
+    high, begins where it began before, however far back the run goes.
+    """
+    further = [entry for entry in rewinds if entry.rung in _SKIPPING][-2:]
+    if len(further) < 2 or any(entry.rung is Rung.ACCEPT for entry in rewinds):
+        return False
+    onsets = [further[1].onset_step, verdict.onset_step]
+    first_onset = rewinds[0].onset_step
+    return (
+        rewinds[-1] is further[1]
+        and verdict.kind in (VerdictKind.SPIKE, VerdictKind.DIVERGENCE)
+        and all(
+            onset <= entry.target_step + _AT_ONCE_STEPS
+            for onset, entry in zip(onsets, further, strict=True)
+        )
+        and verdict.onset_step < first_onset - 1
     )
 
 

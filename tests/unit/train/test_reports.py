@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from train.reports import ReportPipeline, was_calm_after
-from train.signals import NUM_FIXED_SIGNALS, StepReport
+from train.signals import NUM_FIXED_SIGNALS, Gate, StepReport
 from train.state import TrainState
 
 
@@ -21,6 +21,7 @@ def push(pipeline: ReportPipeline, step: int, *, is_flushed: bool = False) -> li
         TrainState(step=step, cursor=16 * step, clock=step),
         vector,
         lr=1e-3,
+        gate=Gate(max_loss_nats=float(step)),
         num_samples=16,
         num_tokens=2048,
         started=0.0,
@@ -63,6 +64,7 @@ def test_what_was_rewound_is_forgotten() -> None:
 def test_report_says_what_the_loop_knew() -> None:
     (report,) = push(ReportPipeline(), 5, is_flushed=True)
     assert (report.lr, report.num_samples, report.num_tokens) == (1e-3, 16, 2048)
+    assert report.gate == Gate(max_loss_nats=5.0)
     assert report.data_seconds == 0.25
     assert report.verdict is None
     assert report.step_seconds > 0

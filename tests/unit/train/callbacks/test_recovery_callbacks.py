@@ -268,7 +268,8 @@ def test_refused_update_is_noted(compose_config: ComposeConfig, process: Process
     assert (note.rung, note.incident, note.is_observed) == (Rung.VETO, 0, False)
     assert (note.rule, note.verdict, note.clock) == ("ladder", "outlier", 102)
     assert (note.onset_step, note.detected_step) == (95, 95)
-    assert note.reason == "outlier at step 95, found at step 95; its update was refused"
+    assert note.reason.startswith("outlier at step 95, found at step 95, 9.0 sigma")
+    assert note.reason.endswith("; its update was refused")
     assert (note.target, note.target_step) == ("", 0)
 
 

@@ -287,6 +287,31 @@ def test_a_rule_that_goes_far_back_finds_its_target_kept(
     assert steps(store) == [5, 6, 7, 8, 9], "the newest, back to one that is four steps older"
 
 
+def test_run_that_has_no_good_checkpoint_yet_keeps_its_candidates(
+    store: CheckpointStore, engine: FileEngine
+) -> None:
+    for step in (1, 2, 3):
+        save(store, engine, step)
+    assert steps(store) == [1, 2, 3]
+
+
+REACH_STEPS = 200
+
+
+def test_trouble_that_is_seen_late_finds_a_checkpoint_about_as_old(
+    tmp_path: Path, engine: FileEngine
+) -> None:
+    """However late: there is a good one that is older, and not more than four times as old."""
+    store = CheckpointStore(tmp_path / "checkpoints", WORLD, keep_good=3, reach_steps=REACH_STEPS)
+    store.open()
+    for step in range(0, 1500, 10):
+        save(store, engine, step, Health.GOOD)
+        ages = [step - info.step for info in store.entries()]
+        assert len(ages) < 16
+        for lag in range(20, min(step, REACH_STEPS)):
+            assert any(lag <= age <= 4 * lag for age in ages), (step, lag, ages)
+
+
 def test_checkpoints_that_someone_still_needs_are_kept(tmp_path: Path, engine: FileEngine) -> None:
     needed: set[str] = set()
     store = CheckpointStore(

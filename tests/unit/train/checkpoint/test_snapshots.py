@@ -108,7 +108,7 @@ def test_changed_snapshot_is_refused_given_up_and_names_the_rank(engine: Countin
 
 def test_ring_of_no_size_takes_nothing(engine: CountingEngine) -> None:
     ring = ring_of(engine, 0)
-    assert ring.take(at(1), {}, health=GOOD) == 0.0
+    assert ring.take(at(1), {}, health=GOOD) is None
     assert ring.entries() == []
     assert engine.buffers == []
 
@@ -158,6 +158,17 @@ def test_older_good_one_makes_room_once_a_younger_is_good(engine: CountingEngine
     ring.promote(ring.entries()[1])
     take(ring, engine, 20)
     assert [(info.step, info.health) for info in ring.entries()] == [(10, GOOD), (20, CANDIDATE)]
+
+
+def test_taking_says_what_it_took_and_when_it_took_nothing(engine: CountingEngine) -> None:
+    ring = ring_of(engine, 2)
+    engine.number = 1
+    seconds = ring.take(at(1), {}, health=GOOD)
+    assert seconds is not None
+    assert seconds >= 0.0
+    assert ring.take(at(2), {}, health=CANDIDATE) is not None
+    assert ring.take(at(3), {}, health=CANDIDATE) is None, "there is room for none but these"
+    assert held(ring) == [1, 2]
 
 
 def test_ring_without_a_good_one_keeps_the_next_to_be_good(engine: CountingEngine) -> None:

@@ -157,7 +157,7 @@ def test_unskip_covers_all_attempts_at_an_incident(process: Process) -> None:
     process.ask("a", kind="unskip", incident=1)
     action = asked(process, at(20))
     assert isinstance(action, Unskip)
-    assert action.skipped == (BatchRange(start=320, stop=2320),)
+    assert action.skipped == (BatchRange(start=320, stop=2656),)
 
 
 def test_unskip_leaves_out_what_is_back_already(process: Process) -> None:

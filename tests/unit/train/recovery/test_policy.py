@@ -178,6 +178,15 @@ def test_oldest_checkpoint_is_taken_when_none_is_old_enough() -> None:
     assert chosen(decision(Rule.PALM, targets=TARGETS[2:], steps_before_onset=70)) == 40
 
 
+@pytest.mark.parametrize("rule", [Rule.LADDER, Rule.FALCON, Rule.PALM])
+def test_oldest_checkpoint_before_the_verdict_is_taken_when_none_is_older_than_the_onset(
+    rule: Rule,
+) -> None:
+    found = verdict(VerdictKind.DIVERGENCE, onset=30, step=95)
+    assert chosen(decision(rule, found, TARGETS[2:])) == 40
+    assert isinstance(decision(rule, found, TARGETS[5:]), GiveUp)
+
+
 @pytest.mark.parametrize("rule", [Rule.LADDER, Rule.FALCON, Rule.PALM, Rule.OBSERVE])
 def test_no_checkpoint_before_the_onset_gives_up_and_names_the_keys(rule: Rule) -> None:
     for targets in ([], [TARGETS[-1]]):
@@ -193,10 +202,15 @@ def test_reason_tells_steps_and_size_of_the_spike() -> None:
 
 
 def test_reason_names_the_signal_that_led() -> None:
-    led = replace(SPIKE, led_by="grad_norm", lead_steps=4)
+    led = replace(SPIKE, led_by="grad_norm", lead_steps=4, deviation=0.0)
     assert describe(led) == "spike at step 93, found at step 95, grad_norm led by 4"
     assert describe(replace(led, lead_steps=0)) == "spike at step 93, found at step 95"
     assert describe(replace(led, led_by="loss")) == "spike at step 93, found at step 95"
+
+
+@pytest.mark.parametrize("deviation", [0.0, -3.0, float("inf"), float("nan")])
+def test_reason_has_no_deviation_where_there_is_none(deviation: float) -> None:
+    assert describe(replace(SPIKE, deviation=deviation)) == "spike at step 93, found at step 95"
 
 
 # The ladder.
@@ -230,14 +244,14 @@ def test_ladder_of_the_config_is_the_one_that_is_climbed(ladder: tuple[Rung, ...
     assert isinstance(end, GiveUp)
 
 
-def test_replay_skips_nothing_and_each_skip_after_it_more() -> None:
+def test_replay_and_cooling_skip_nothing_and_each_skip_more_than_the_one_before() -> None:
     factors = [gone_back(answer).skip_factor for answer in climb(SPIKE)[:-1]]
-    assert factors == [0.0, 1.0, 2.0, 4.0, 8.0]
+    assert factors == [0.0, 1.0, 2.0, 4.0, 0.0]
 
 
 def test_growth_of_one_skips_the_same_amount_each_time() -> None:
     factors = [gone_back(answer).skip_factor for answer in climb(SPIKE, growth=1.0)[:-1]]
-    assert factors == [0.0, 1.0, 1.0, 1.0, 1.0]
+    assert factors == [0.0, 1.0, 1.0, 1.0, 0.0]
 
 
 def test_each_attempt_to_go_further_goes_further() -> None:
@@ -268,6 +282,8 @@ def test_cooling_scales_the_rate_each_time_more_and_only_then() -> None:
     answers = climb(SPIKE, ladder=(Rung.SKIP, Rung.COOL, Rung.SKIP, Rung.COOL), cool_factor=0.4)
     scales = [gone_back(answer).lr_scale for answer in answers[:-1]]
     assert scales == pytest.approx([1.0, 0.4, 1.0, 0.16])
+    factors = [gone_back(answer).skip_factor for answer in answers[:-1]]
+    assert factors == [1.0, 0.0, 2.0, 0.0]
 
 
 def test_end_of_the_ladder_says_what_was_tried_and_what_to_do() -> None:
@@ -359,7 +375,10 @@ def test_refused_update_is_borne_and_written_down(kind: VerdictKind, rule: Rule)
     for step in (93, 94, 95):
         answer = decision(rule, verdict(kind, step=step), is_vetoed=True)
         assert isinstance(answer, Bear)
-        assert answer.reason == f"{kind} at step 93, found at step {step}; its update was refused"
+        assert answer.reason == (
+            f"{kind} at step 93, found at step {step}, 14.0 sigma over its baseline; "
+            "its update was refused"
+        )
 
 
 @pytest.mark.parametrize("rule", [Rule.FALCON, Rule.PALM])
@@ -527,13 +546,17 @@ def test_any_history_leads_to_a_decision_that_keeps_the_limits(seed: int) -> Non
         if isinstance(answer, GoBack):
             assert rule in RULES_THAT_GO_BACK and found.needs_rollback
             assert answer.target in targets
-            assert answer.target.step < found.onset_step
+            if any(target.step < found.onset_step for target in targets):
+                assert answer.target.step < found.onset_step
+            else:
+                oldest = min(targets, key=lambda target: target.step)
+                assert answer.target == oldest and oldest.step < found.step
             assert answer.rung in (
                 LADDER_RUNGS if rule in (Rule.FALCON, Rule.PALM) else set(budget.ladder)
             )
             assert history.num_rewinds < budget.max_rewinds
             assert answer.skip_factor >= 0.0
-            assert (answer.skip_factor == 0.0) == (answer.rung is Rung.REPLAY)
+            assert (answer.skip_factor == 0.0) == (answer.rung in (Rung.REPLAY, Rung.COOL))
             assert 0.0 < answer.lr_scale <= 1.0
             assert answer.incident >= 1 and answer.attempt >= 1
         if isinstance(answer, GiveUp):

@@ -154,13 +154,13 @@ def test_second_rewind_of_an_incident_to_the_same_target_skips_fresh_data(
     assert second[1] - first[1] == max(amount, 32)
 
 
-def test_rewind_before_an_earlier_skip_reaches_beyond_it(process: Process) -> None:
+def test_amount_of_a_rewind_counts_none_that_is_skipped_already(process: Process) -> None:
     process.rewinder.rewind(rewind_to(40, amount=500), at(61))
-    ((_, stop),) = process.ledger.ranges()
-    again = TrainState(step=42, cursor=stop + 32, clock=63, rewinds=1)
-    process.rewinder.rewind(rewind_to(20, amount=1000, rung=Rung.SKIP_FURTHER), again)
-    assert process.ledger.ranges() == [(320, 1320)]
-    assert stop + 32 < 1320
+    assert process.ledger.ranges() == [(640, 1140)]
+    again = TrainState(step=42, cursor=1140 + 32, clock=63, rewinds=1)
+    _, incident = process.rewinder.rewind(rewind_to(20, amount=1000, rung=Rung.SKIP_FURTHER), again)
+    assert incident.skip == (320, 1820)
+    assert process.ledger.num_samples() == 500 + 1000
 
 
 # Taking up.
@@ -522,6 +522,24 @@ def test_refused_update_is_written_down_once(process: Process, tmp_path: Path) -
     assert [record.clock for record in records] == [61, 62, 63, 63]
     assert {record.phase for record in records} == {Phase.DONE}
     assert restarted.history.num_vetoes == 4
+
+
+def test_incident_is_observed_once_even_if_two_reports_are_read_at_once(process: Process) -> None:
+    target = snapshot_name(at(40))
+    for step, incident in ((65, 1), (66, 1), (300, 2)):
+        process.rewinder.note(
+            note(
+                clock=step,
+                detected_step=step,
+                is_observed=True,
+                rung=Rung.REPLAY,
+                incident=incident,
+                target=target,
+                target_step=40,
+            )
+        )
+    found = [(record.incident, record.detected_step) for record in process.journal.read()]
+    assert found == [(1, 65), (2, 300)]
 
 
 def test_note_changes_neither_data_nor_state(process: Process) -> None:
