@@ -123,6 +123,7 @@ class Stop(Action):
     code: str = ""
     rule: str = ""
     incident: int = 0
+    attempt: int = 1
     verdict: str = ""
     onset_step: int = 0
     detected_step: int = 0

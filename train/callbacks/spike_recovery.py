@@ -85,6 +85,7 @@ class SpikeRecovery(Callback):
                 code=decision.code,
                 rule=str(self._settings.rule),
                 incident=decision.incident,
+                attempt=1 + self._history.num_attempts(decision.incident),
                 verdict=str(verdict.kind),
                 onset_step=verdict.onset_step,
                 detected_step=verdict.step,

@@ -103,6 +103,10 @@ class RecoveryHistory:
             if record.phase is not Phase.INTENT and record.rung is not Rung.VETO
         ]
 
+    def num_attempts(self, incident: int) -> int:
+        """Return how many rewinds an incident has had."""
+        return sum(record.is_rewind and record.incident == incident for record in self.done)
+
     def policy_rewinds(self) -> int:
         """Rewinds that count against the budget: not those that a person asked for."""
         return sum(record.is_rewind and record.rung in LADDER_RUNGS for record in self.done)

@@ -202,16 +202,17 @@ def _incident(
     What was merely observed is an attempt for whoever observes, and for no one else.
     """
     last = max((entry.incident for entry in past), default=0)
-    attempts = [
+    own = [
         entry
         for entry in past
         if entry.incident == last
         and entry.is_observed == is_observing
-        and (entry.rung in LADDER_RUNGS or is_observing)
+        and entry.rung in {*LADDER_RUNGS, Rung.STOP}
     ]
-    furthest = max((entry.detected_step for entry in attempts), default=0)
-    if attempts and verdict.onset_step <= furthest + budget.cooldown_steps:
-        return last, attempts
+    furthest = max((entry.detected_step for entry in own), default=0)
+    if own and verdict.onset_step <= furthest + budget.cooldown_steps:
+        # A stop belongs to its incident; for whoever observes it is a decision like any other.
+        return last, [entry for entry in own if is_observing or entry.rung is not Rung.STOP]
     return last + 1, []
 
 

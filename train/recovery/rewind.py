@@ -149,6 +149,7 @@ class Rewinder:
                 code=action.code,
                 rule=action.rule,
                 incident=action.incident,
+                attempt=action.attempt,
                 verdict=action.verdict,
                 onset_step=action.onset_step,
                 detected_step=action.detected_step,

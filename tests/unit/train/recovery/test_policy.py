@@ -12,6 +12,7 @@ import pytest
 from train.recovery.detector import ROLLBACK_KINDS, Verdict, VerdictKind
 from train.recovery.policy import (
     LADDER_RUNGS,
+    LISTED_RUNGS,
     Bear,
     Budget,
     Decision,
@@ -318,6 +319,72 @@ def test_state_that_does_not_continue_the_run_and_is_the_only_one_ends_it() -> N
     assert given_up(decision(found=found, targets=TARGETS[:1])).code == "no_good_checkpoint"
 
 
+# A new level, which the ladder lets in by itself.
+
+
+def skipped(onset: int, target: int, rung: Rung = Rung.SKIP) -> Past:
+    """Return an attempt at trouble that began at `onset`, and where it went back to."""
+    return attempt(rung, onset=onset, target=target)
+
+
+# At 93 it began; behind other data, from 80 on, at 82 already; from 60 on, at 62.
+SAME_AT_ONCE = [
+    attempt(Rung.REPLAY),
+    skipped(93, 80),
+    skipped(82, 60, Rung.SKIP_FURTHER),
+]
+AGAIN = verdict(VerdictKind.SPIKE, onset=62, step=64)
+SHORT = (Rung.REPLAY, Rung.SKIP, Rung.SKIP_FURTHER, Rung.COOL)
+
+
+@pytest.mark.parametrize("kind", [VerdictKind.SPIKE, VerdictKind.DIVERGENCE])
+def test_trouble_that_meets_any_data_at_once_is_a_new_level_and_let_in(kind: VerdictKind) -> None:
+    found = replace(AGAIN, kind=kind)
+    answer = gone_back(decision(found=found, past=SAME_AT_ONCE, ladder=SHORT))
+    assert (answer.rung, answer.attempt, answer.incident) == (Rung.ACCEPT, 4, 1)
+    assert (answer.skip_factor, answer.lr_scale) == (0.0, 1.0)
+    assert answer.target.step == 60
+
+
+def test_ladder_goes_on_where_letting_it_in_has_not_helped() -> None:
+    past = [*SAME_AT_ONCE, attempt(Rung.ACCEPT, onset=62, target=60)]
+    assert gone_back(decision(found=AGAIN, past=past, ladder=SHORT)).rung is Rung.COOL
+    past.append(attempt(Rung.COOL, onset=62, target=60))
+    end = given_up(decision(found=AGAIN, past=past, ladder=SHORT))
+    assert "replay, skip, skip_further, accept, cool" in end.reason
+    assert "recovery.announced=[62]" in end.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "past", "ladder"),
+    [
+        pytest.param(AGAIN, SAME_AT_ONCE, LADDER, id="a skip is left to try"),
+        pytest.param(AGAIN, SAME_AT_ONCE[:2], (Rung.REPLAY, Rung.SKIP, Rung.COOL), id="one skip"),
+        pytest.param(replace(AGAIN, onset_step=65, step=66), SAME_AT_ONCE, SHORT, id="later"),
+        pytest.param(
+            AGAIN,
+            [SAME_AT_ONCE[0], SAME_AT_ONCE[1], skipped(91, 60, Rung.SKIP_FURTHER)],
+            SHORT,
+            id="later the time before",
+        ),
+        pytest.param(
+            replace(AGAIN, kind=VerdictKind.NONFINITE), SAME_AT_ONCE, SHORT, id="not a level"
+        ),
+        pytest.param(
+            verdict(VerdictKind.SPIKE, onset=92, step=94),
+            [skipped(93, 90), skipped(93, 90)],
+            (Rung.SKIP, Rung.SKIP, Rung.COOL),
+            id="bound to its step",
+        ),
+    ],
+)
+def test_trouble_that_may_pass_is_not_let_in(
+    found: Verdict, past: list[Past], ladder: tuple[Rung, ...]
+) -> None:
+    answer = decision(found=found, past=past, ladder=ladder)
+    assert not isinstance(answer, GoBack) or answer.rung is not Rung.ACCEPT
+
+
 # Which incident a verdict belongs to.
 
 
@@ -530,7 +597,7 @@ def random_case(
         max_vetoes_in_a_row=source.randrange(1, 5),
         steps_before_onset=source.randrange(120),
         cooldown_steps=source.randrange(200),
-        ladder=source.choices(sorted(LADDER_RUNGS), k=source.randrange(6)),
+        ladder=source.choices(sorted(LISTED_RUNGS), k=source.randrange(6)),
         growth=source.choice([1.0, 1.7, 3.0]),
         cool_factor=source.choice([0.1, 0.5, 0.9]),
     )
@@ -551,12 +618,12 @@ def test_any_history_leads_to_a_decision_that_keeps_the_limits(seed: int) -> Non
             else:
                 oldest = min(targets, key=lambda target: target.step)
                 assert answer.target == oldest and oldest.step < found.step
-            assert answer.rung in (
-                LADDER_RUNGS if rule in (Rule.FALCON, Rule.PALM) else set(budget.ladder)
-            )
+            is_listed = rule in (Rule.LADDER, Rule.OBSERVE)
+            own = {*budget.ladder, Rung.ACCEPT} if is_listed else {Rung.SKIP, Rung.REPLAY}
+            assert answer.rung in own
             assert history.num_rewinds < budget.max_rewinds
             assert answer.skip_factor >= 0.0
-            assert (answer.skip_factor == 0.0) == (answer.rung in (Rung.REPLAY, Rung.COOL))
+            assert (answer.skip_factor > 0.0) == (answer.rung in (Rung.SKIP, Rung.SKIP_FURTHER))
             assert 0.0 < answer.lr_scale <= 1.0
             assert answer.incident >= 1 and answer.attempt >= 1
         if isinstance(answer, GiveUp):
@@ -609,4 +676,5 @@ def test_rewinds_of_an_incident_are_bounded_by_the_ladder_whatever_comes(seed: i
     assert len(past) <= budget.max_rewinds
     for incident in {entry.incident for entry in past}:
         rungs = [entry.rung for entry in past if entry.incident == incident]
-        assert len(rungs) <= len(LADDER)
+        assert len(rungs) <= len(LADDER) + rungs.count(Rung.ACCEPT)
+        assert rungs.count(Rung.ACCEPT) <= 1
