@@ -60,18 +60,21 @@ TINY = (
 # Batches 20 to 23 are foreign: samples 144 to 175, since the ramp makes the first four half as big.
 BAD_DATA = ("chaos=bad_data", "chaos.start=20 batches", "chaos.length=4 batches")
 BAD_SAMPLES = range(144, 176)
-# Fourteen are foreign, and each attempt of this ladder skips too few of them but the last one.
 LADDER = (
     *TINY,
     "recovery=ladder",
     "recovery.ladder=[replay,skip,skip_further,cool]",
     "recovery.skip=2 batches",
     "recovery.rewind_steps=5",
-    "recovery.cool_steps=4",
+    "recovery.cool_factor=0.01",
+    "recovery.cool_steps=12",
     "recovery.cooldown_steps=20",
 )
-LONG_BAD_DATA = (*BAD_DATA, "chaos.length=14 batches")
+# The learning rate of steps 21 to 26 is a hundred times too high: no attempt but the last one helps.
+SHOCK = ("chaos=lr_shock", "chaos.start=20 steps", "chaos.length=6 steps", "chaos.factor=100")
 ATTEMPTS = ("replay", "skip", "skip_further", "cool")
+# From batch 20 on, for good: a level that the ladder has to let in.
+NEW_LEVEL = (*BAD_DATA, "chaos.length=400 batches")
 # Good states of every third step lie in memory alone; on disk there are those of 0, 10, 20, ...
 MEMORY_FIRST = (*TINY, "checkpoint.interval_steps=10", "checkpoint.snapshot_interval_steps=3")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import BAD_DATA, LADDER, LONG_BAD_DATA, MEMORY_FIRST, TINY, Fault, run
+from harness import BAD_DATA, LADDER, MEMORY_FIRST, NEW_LEVEL, SHOCK, TINY, Fault, run
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,19 @@ def recovered_from_memory(runs: Path) -> Reference:
 
 @pytest.fixture(scope="session")
 def climbed_single(runs: Path) -> Reference:
-    """It took all attempts of the ladder to get past the bad data."""
-    return _reference(runs / "climbed-single", (*LADDER, *LONG_BAD_DATA))
+    """It took all attempts of the ladder to get past the shock."""
+    return _reference(runs / "climbed-single", (*LADDER, *SHOCK))
 
 
 @pytest.fixture(scope="session")
 def climbed_ddp(runs: Path) -> Reference:
-    return _reference(runs / "climbed-ddp", (*LADDER, *LONG_BAD_DATA), num_ranks=2)
+    return _reference(runs / "climbed-ddp", (*LADDER, *SHOCK), num_ranks=2)
+
+
+@pytest.fixture(scope="session")
+def levelled_single(runs: Path) -> Reference:
+    """Wherever it went, the data had changed at once, so it let the new level in."""
+    return _reference(runs / "levelled-single", (*LADDER, *NEW_LEVEL))
 
 
 @pytest.fixture(scope="session")

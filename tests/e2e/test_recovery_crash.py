@@ -12,8 +12,9 @@ from harness import (
     BAD_DATA,
     BAD_SAMPLES,
     LADDER,
-    LONG_BAD_DATA,
     MEMORY_FIRST,
+    NEW_LEVEL,
+    SHOCK,
     TINY,
     Fault,
     assert_same_tensors,
@@ -31,7 +32,8 @@ from harness import (
 )
 
 ARGUMENTS = (*TINY, *BAD_DATA)
-CLIMB = (*LADDER, *LONG_BAD_DATA)
+CLIMB = (*LADDER, *SHOCK)
+LEVELLED = (*LADDER, *NEW_LEVEL)
 FROM_MEMORY = (*MEMORY_FIRST, *BAD_DATA)
 UNDECIDED = ("before_capsule", "in_capsule", "after_capsule", "before_intent", "torn_intent")
 # In the order in which a restart, too, meets them; memory is there in the first process alone.
@@ -204,9 +206,9 @@ def test_undecided_rewind_to_memory_is_decided_again_from_what_is_left(
 
 
 def _long_tail(attempt: int, chain: str) -> Any:
-    is_default = (attempt, chain) in {(1, "decided"), (2, "undecided"), (3, "decided")}
-    # The last two attempts go further back than the ring of snapshots reaches.
-    decided = DECIDED if attempt <= 2 else DECIDED[1:]
+    is_default = (attempt, chain) in {(1, "decided"), (2, "undecided"), (4, "decided")}
+    # The third attempt goes further back than the ring of snapshots reaches.
+    decided = DECIDED if attempt != 3 else DECIDED[1:]
     return pytest.param(
         attempt,
         UNDECIDED if chain == "undecided" else decided,
@@ -242,6 +244,19 @@ def test_ladder_killed_once_in_each_attempt_climbs_the_same_way(
         kill_at(CLIMB, folder, place, kill_attempt=number)
     finish(CLIMB, folder)
     assert_same_recovery(folder, climbed_single)
+    assert_trained_once(folder, tmp_path / "samples")
+
+
+def test_ladder_killed_right_before_more_bad_data_climbs_on(
+    tmp_path: Path, levelled_single: Any
+) -> None:
+    """Each rewind is done, and the very next batch is bad: that is not the fault of the resume."""
+    assert rungs(levelled_single.folder) == ["replay", "skip", "skip_further", "accept"]
+    folder = tmp_path / "run"
+    for attempt, place in ((2, "after_done"), (3, "after_done"), (4, "after_ledger")):
+        kill_at(LEVELLED, folder, place, kill_attempt=attempt)
+    finish(LEVELLED, folder)
+    assert_same_recovery(folder, levelled_single)
     assert_trained_once(folder, tmp_path / "samples")
 
 

@@ -9,8 +9,8 @@ import pytest
 from harness import (
     BAD_DATA,
     LADDER,
-    LONG_BAD_DATA,
     MEMORY_FIRST,
+    SHOCK,
     TINY,
     Fault,
     assert_same_tensors,
@@ -20,6 +20,7 @@ from harness import (
     incidents,
     journal,
     losses_by_step,
+    metrics,
     records,
     run,
     rungs,
@@ -78,24 +79,37 @@ def len_of(record: dict[str, Any]) -> int:
     return int(stop - start)
 
 
-def test_whole_ladder_ends_as_a_run_that_was_cooled_and_never_saw_the_bad_data(
-    climbed_single: Any, oracle: Any
+def test_whole_ladder_ends_as_a_run_that_was_cooled_and_never_saw_what_was_skipped(
+    climbed_single: Any, clean_single: Any, oracle: Any
 ) -> None:
-    last = incidents(climbed_single.folder)[-1]
+    folder = climbed_single.folder
+    last = incidents(folder)[-1]
     assert last["rung"] == "cool"
-    skips = tuple(tuple(r["skip"]) for r in incidents(climbed_single.folder) if len_of(r))
-    cooled = tuple(
-        last[key] for key in ("lr_scale", "lr_from_step", "lr_until_step", "lr_return_step")
+    skips = tuple(tuple(record["skip"]) for record in incidents(folder) if len_of(record))
+    keys = ("lr_scale", "lr_from_step", "lr_until_step", "lr_return_step")
+    scale, from_step, until, back = cooled = tuple(last[key] for key in keys)
+    assert_same_as_oracle(folder, oracle((*LADDER, *SHOCK), skips, cooled=cooled))
+    assert_trained_once(folder, climbed_single.samples)
+    # A hundredth of the rate from the target to 12 steps behind the detection, then slowly back.
+    assert (scale, from_step, until) == (0.01, last["target_step"], last["detected_step"] + 12)
+    assert back > 40
+    lrs, whole = (
+        {record["step"]: record["lr"] for record in metrics(one)}
+        for one in (folder, clean_single.folder)
     )
-    never_met = oracle((*LADDER, *LONG_BAD_DATA), skips, cooled=cooled)
-    assert_same_as_oracle(climbed_single.folder, never_met)
-    assert_trained_once(climbed_single.folder, climbed_single.samples)
-    # Half the learning rate up to the 4th step behind the detection, and whole again 4 further on.
-    from_step, until, back = cooled[1:]
-    lrs = {r["step"]: r["lr"] for r in records(climbed_single.folder / "metrics.jsonl")}
-    warm = oracle((*LADDER, *LONG_BAD_DATA), skips)
-    whole = {r["step"]: r["lr"] for r in records(warm.folder / "metrics.jsonl")}
-    ratios = {step: lrs[step] / whole[step] for step in lrs}
-    assert all(ratios[step] == 1.0 for step in ratios if step <= from_step or step > back)
-    assert all(ratios[step] == pytest.approx(0.5) for step in range(from_step + 1, until + 1))
-    assert all(0.5 < ratios[step] < 1.0 for step in range(until + 2, back + 1))
+    shocked = range(21, 27)
+    for step in lrs:
+        ratio = lrs[step] / whole[step] / (100 if step in shocked else 1)
+        if step <= from_step:
+            assert ratio == pytest.approx(1.0)
+        elif step <= until:
+            assert ratio == pytest.approx(scale)
+        else:
+            assert scale < ratio + 1e-9 < 1.0
+
+
+def test_level_that_was_let_in_costs_no_data(levelled_single: Any) -> None:
+    last = incidents(levelled_single.folder)[-1]
+    assert last["rung"] == "accept"
+    assert last["skip"][0] == last["skip"][1]
+    assert_trained_once(levelled_single.folder, levelled_single.samples)

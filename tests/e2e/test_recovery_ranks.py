@@ -11,7 +11,7 @@ from harness import (
     ATTEMPTS,
     BAD_DATA,
     LADDER,
-    LONG_BAD_DATA,
+    SHOCK,
     TINY,
     assert_trained_once,
     checkpoints,
@@ -32,7 +32,7 @@ from test_recovery_crash import (
 )
 
 ARGUMENTS = (*TINY, *BAD_DATA)
-CLIMB = (*LADDER, *LONG_BAD_DATA)
+CLIMB = (*LADDER, *SHOCK)
 CHAINS = {
     "undecided": ("before_capsule", "in_capsule", "before_intent", "torn_intent"),
     "decided": (

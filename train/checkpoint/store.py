@@ -279,7 +279,7 @@ class CheckpointStore:
         kept_good |= self._kept()
         newest = self._catalogue[-1].step
         age = max(1, newest - (good[-self._keep_good :] or self._catalogue[-1:])[0].step)
-        while age < self._reach_steps:
+        while age < 2 * self._reach_steps:
             # The oldest of each doubling: it is the one that moves on to the next.
             kept_good |= {i.name for i in [g for g in good if age < newest - g.step <= 2 * age][:1]}
             age *= 2

@@ -489,6 +489,21 @@ def test_cooled_rate_and_its_return_are_announced(
     assert (0, 41) in spy.announced
 
 
+def test_level_that_was_let_in_is_announced_where_it_begins(
+    compose_config: ComposeConfig, process: Process
+) -> None:
+    config, _ = compose_config(["schedule.batch_ramp_steps=0"])
+    process.save(40, Health.GOOD)
+    state, incident = process.rewinder.rewind(rewind_to(40, rung=Rung.ACCEPT, amount=0), at(50))
+    judge = detection(config, process.history)
+    spy = spied(judge)
+    judge.on_rewind(incident, state, 0.0)
+    for step in range(41, 100):
+        judge.after_update(report(step, VerdictKind.OK))
+    assert {step for _, step in spy.announced} == {41}
+    assert process.history.lr_factor_at(45) == 1.0
+
+
 def test_detector_is_told_every_signal(compose_config: ComposeConfig) -> None:
     config, _ = compose_config()
     judge = detection(config)

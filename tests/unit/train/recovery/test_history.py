@@ -189,6 +189,14 @@ def test_only_what_was_done_cools() -> None:
     assert RecoveryHistory([DONE]).coolings == []
 
 
+def test_level_is_let_in_where_the_run_went_back_to() -> None:
+    accepted = replace(DONE, rung=Rung.ACCEPT, lr_from_step=40)
+    assert RecoveryHistory([*ALL, accepted]).accepted_steps == {40}
+    assert RecoveryHistory([replace(accepted, phase=Phase.OBSERVED)]).accepted_steps == set()
+    assert RecoveryHistory([replace(accepted, phase=Phase.INTENT)]).accepted_steps == set()
+    assert RecoveryHistory([accepted]).policy_rewinds() == 1
+
+
 # Growing and surviving.
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from train.recovery.detector import ROLLBACK_KINDS, Verdict, VerdictKind
 from train.recovery.policy import (
-    LADDER_RUNGS,
     LISTED_RUNGS,
     Bear,
     Budget,
@@ -419,7 +418,17 @@ def test_next_incident_starts_at_the_first_rung() -> None:
     assert answer.target.step == 100
 
 
-@pytest.mark.parametrize("rung", [Rung.REWIND, Rung.SKIP_AHEAD, Rung.UNSKIP, Rung.STOP])
+def test_stop_is_no_attempt_at_its_incident_and_belongs_to_it() -> None:
+    """Whoever starts the run again after it was given up has the rest of the ladder."""
+    answer = gone_back(decision(past=[attempt(Rung.STOP, incident=6)]))
+    assert (answer.incident, answer.attempt, answer.rung) == (6, 1, Rung.REPLAY)
+    tried = [attempt(Rung.REPLAY, incident=6), attempt(Rung.STOP, incident=6, onset=140)]
+    later = verdict(VerdictKind.SPIKE, onset=190, step=192)
+    answer = gone_back(decision(found=later, past=tried))
+    assert (answer.incident, answer.attempt, answer.rung) == (6, 2, Rung.SKIP)
+
+
+@pytest.mark.parametrize("rung", [Rung.REWIND, Rung.SKIP_AHEAD, Rung.UNSKIP])
 def test_what_a_person_did_is_no_attempt(rung: Rung) -> None:
     answer = gone_back(decision(past=[attempt(rung, incident=6)]))
     assert (answer.incident, answer.attempt, answer.rung) == (7, 1, Rung.REPLAY)
