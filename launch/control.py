@@ -179,7 +179,7 @@ def read_answer(run_folder: Path, request_file: Path) -> Answer | None:
     try:
         fields = json.loads((run_folder / "control" / "answers" / request_file.name).read_text())
         return Answer(is_accepted=fields["is_accepted"] is True, message=str(fields["message"]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -267,6 +267,6 @@ def _read_object(path: Path) -> Mapping[str, object]:
     """Return a JSON object, empty if it cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

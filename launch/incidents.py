@@ -29,17 +29,20 @@ def read_incidents(run_folder: Path) -> IncidentList:
     if the config does not tell) and `capsule` (the path of the evidence, or None).
 
     Raises:
-        LaunchError: a file is there and cannot be read.
+        LaunchError: a file is there and cannot be read, or the folder is no run's.
     """
     from monitoring.incidents import collect_incidents, collect_vetoes
     from monitoring.records import (
         EVENTS_FILE,
         JOURNAL_FILE,
+        RUN_FILE,
         RunRecords,
         UnreadableRecordsError,
         read_json_lines,
     )
 
+    if not any((run_folder / name).exists() for name in (RUN_FILE, JOURNAL_FILE, EVENTS_FILE)):
+        raise LaunchError(f"{run_folder} is no run folder: it has no {RUN_FILE}")
     try:
         journal = read_json_lines(run_folder / JOURNAL_FILE)
         events = read_json_lines(run_folder / EVENTS_FILE)

@@ -136,7 +136,8 @@ def _reason(row: Mapping[str, object]) -> str:
         reason += f"; samples [{skip[0]}, {skip[1]}) skipped"
     if back:
         reason += f"; samples [{back[1]}, {back[2]}) come again at {back[0]}"
-    return " ".join(reason.removeprefix("; ").split())
+    words = " ".join(reason.removeprefix("; ").split())
+    return "".join(letter for letter in words if letter.isprintable())
 
 
 def _wrapped(text: str, width: int) -> list[str]:

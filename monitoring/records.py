@@ -204,7 +204,7 @@ def finite(value: object) -> object:
 def _parse_object(line: bytes) -> Record | None:
     try:
         value = json.loads(line, parse_constant=lambda _: None)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

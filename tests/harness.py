@@ -70,7 +70,7 @@ LADDER = (
     "recovery.cool_steps=12",
     "recovery.cooldown_steps=20",
 )
-# The learning rate of steps 21 to 26 is a hundred times too high: no attempt but the last one helps.
+# The learning rate of steps 21 to 26 is a hundred times too high: no attempt but the last helps.
 SHOCK = ("chaos=lr_shock", "chaos.start=20 steps", "chaos.length=6 steps", "chaos.factor=100")
 ATTEMPTS = ("replay", "skip", "skip_further", "cool")
 # From batch 20 on, for good: a level that the ladder has to let in.

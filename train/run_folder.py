@@ -229,7 +229,7 @@ def open_folder(
 def _read_identity(path: Path) -> dict[str, Any]:
     try:
         identity: dict[str, Any] = json.loads((path / _RUN_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFolderError(
             [f"{path}/{_RUN_FILE} is damaged ({error}); bring it back, or remove {path}"]
         ) from error

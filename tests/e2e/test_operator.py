@@ -26,7 +26,7 @@ from harness import (
     wait_for_step,
 )
 
-SLOW_SECONDS = 0.05
+SLOW_SECONDS = 0.03
 # In the order in which the restarts meet them.
 PLACES = (
     "request_taken",
@@ -81,7 +81,7 @@ def test_rewind_of_a_live_run_goes_back_once_and_changes_nothing_that_is_learnt(
     assert_same_tensors(checkpoints(folder)[-1], checkpoints(clean.folder)[-1])
 
 
-@pytest.mark.parametrize("amount", ["seen", "3 batches"])
+@pytest.mark.parametrize("amount", ["seen", pytest.param("3 batches", marks=pytest.mark.slow)])
 def test_rewind_with_a_skip_never_trains_on_it_again(
     amount: str, tmp_path: Path, oracle: Any
 ) -> None:
@@ -114,7 +114,7 @@ def test_skip_on_a_live_run_leaves_out_what_comes_next(
     assert_same_tensors(checkpoints(folder)[-1], checkpoints(never_met.folder)[-1])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_is_put_back_is_trained_on_once_as_the_last_data_of_the_run(
     num_ranks: int, tmp_path: Path
 ) -> None:
@@ -182,25 +182,24 @@ def test_wishes_of_one_moment_are_done_in_their_order_each_once(tmp_path: Path) 
     assert [requested(folder, name)["incident"] for name in "123"] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"kind": "rewind", "to_step": 39}, "step 39 lies ahead: the run is at step"),
-        ({"kind": "unskip", "incident": 7}, "incident 7 skipped nothing; incidents that did: none"),
-        ({"kind": "skip", "amount": "lots"}, 'such as "1B tokens"'),
-        ({"kind": "stop"}, "unknown request 'stop'; use rewind, skip or unskip"),
-    ],
-)
-def test_wish_that_cannot_be_is_answered_and_nothing_is_done(
-    fields: dict[str, object], expected: str, tmp_path: Path, clean_single: Any
+def test_wishes_that_cannot_be_are_answered_and_nothing_is_done(
+    tmp_path: Path, clean_single: Any
 ) -> None:
     folder, samples = tmp_path / "run", tmp_path / "samples"
     run(TINY, folder, fault=Fault(kill_at="in_save_of_step_20", samples=samples)).expect(-9)
-    ask(folder, "w", **fields)
+    wishes: dict[str, tuple[dict[str, object], str]] = {
+        "1": ({"kind": "rewind", "to_step": 39}, "step 39 lies ahead: the run is at step"),
+        "2": ({"kind": "unskip", "incident": 7}, "incident 7 skipped nothing"),
+        "3": ({"kind": "skip", "amount": "lots"}, 'such as "1B tokens"'),
+        "4": ({"kind": "stop"}, "unknown request 'stop'; use rewind, skip or unskip"),
+    }
+    for name, (fields, _) in wishes.items():
+        ask(folder, name, **fields)
     run(TINY, folder, fault=Fault(samples=samples)).expect(0)
-    said = answer(folder, "w")
-    assert said is not None and said["is_accepted"] is False
-    assert expected in said["message"]
+    for name, (_, expected) in wishes.items():
+        said = answer(folder, name)
+        assert said is not None and said["is_accepted"] is False
+        assert expected in said["message"]
     assert journal(folder) == []
     assert_same_tensors(checkpoints(folder)[-1], checkpoints(clean_single.folder)[-1])
 
@@ -263,7 +262,12 @@ def test_wish_is_done_once_whenever_the_run_is_killed(
 
 @pytest.mark.parametrize(
     ("place", "kill_rank"),
-    [("request_taken", 1), ("after_request_record", 0), ("before_answer", 0), ("request_taken", 0)],
+    [
+        ("request_taken", 1),
+        ("after_request_record", 0),
+        pytest.param("request_taken", 0, marks=pytest.mark.slow),
+        pytest.param("before_answer", 0, marks=pytest.mark.slow),
+    ],
 )
 def test_wish_on_two_ranks_is_done_once_whichever_rank_is_killed(
     place: str, kill_rank: int, tmp_path: Path

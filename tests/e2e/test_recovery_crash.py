@@ -141,7 +141,18 @@ def test_each_restart_of_an_unfinished_rewind_may_be_killed_too(
     assert_nothing_skipped_since(tmp_path / "samples", folder, start=1)
 
 
-@pytest.mark.parametrize("place", ["after_intent", *IN_MEMORY])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "after_intent",
+        *(
+            pytest.param(
+                place, marks=pytest.mark.slow if place in ("after_ledger", "before_done") else ()
+            )
+            for place in IN_MEMORY
+        ),
+    ],
+)
 def test_target_that_was_in_memory_alone_is_made_again_from_an_older_checkpoint(
     place: str, tmp_path: Path, recovered_from_memory: Any
 ) -> None:

@@ -56,7 +56,13 @@ def assert_same_as_oracle(folder: Path, oracle: Any) -> None:
     assert callback_states(last) == callback_states(expected)
 
 
-@pytest.mark.parametrize("case", CASES)
+LONG_TAIL = ("palm from disk", "ladder on two ranks from disk")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case in LONG_TAIL else ()) for case in CASES],
+)
 def test_recovered_run_is_one_that_never_saw_the_bad_data(
     case: str, tmp_path: Path, oracle: Any
 ) -> None:

@@ -11,6 +11,7 @@ from harness import (
     ATTEMPTS,
     BAD_DATA,
     LADDER,
+    MEMORY_FIRST,
     SHOCK,
     TINY,
     assert_trained_once,
@@ -44,8 +45,15 @@ CHAINS = {
     ),
 }
 # Rank 1 writes no records: it dies beside them, and rank 0 may be a record further by then.
-BESIDE = ("before_capsule", "before_intent", "after_load_from_memory", "before_done", "after_done")
-LONG_TAIL = ("after_capsule", "after_intent", "after_ledger", "after_quarantine")
+BESIDE = ("before_intent", "after_load_from_memory", "after_done")
+LONG_TAIL = (
+    "before_capsule",
+    "after_capsule",
+    "after_intent",
+    "after_ledger",
+    "after_quarantine",
+    "before_done",
+)
 # As close as sums in another order leave 40 steps of Adam.
 LOSS_TOLERANCE, TENSOR_TOLERANCE = 1e-4, 2e-2
 
@@ -66,7 +74,7 @@ def assert_near_recovery(folder: Path, reference: Any) -> None:
         assert difference <= TENSOR_TOLERANCE * torch.linalg.vector_norm(other[name].double()), name
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", ["decided", pytest.param("undecided", marks=pytest.mark.slow)])
 def test_kills_of_rank_0_of_two_change_nothing(
     chain: str, tmp_path: Path, recovered_ddp: Any
 ) -> None:
@@ -143,6 +151,24 @@ def test_ladder_is_climbed_in_the_same_way_by_one_rank_and_by_two_in_turn(
         tear(folder)
     finish(CLIMB, folder, num_ranks=2)
     assert_near_recovery(folder, climbed_single)
+    assert_trained_once(folder, tmp_path / "samples")
+
+
+def test_target_that_was_in_memory_alone_is_made_again_on_two_ranks(
+    tmp_path: Path, recovered_from_memory: Any
+) -> None:
+    """Decided by one rank, lost with it, and done by two from an older checkpoint."""
+    folder, reference = tmp_path / "run", recovered_from_memory.folder
+    kill_at((*MEMORY_FIRST, *BAD_DATA), folder, "after_load_from_memory")
+    tear(folder)
+    finish((*MEMORY_FIRST, *BAD_DATA), folder, num_ranks=2)
+    (incident,), (undisturbed,) = incidents(folder), incidents(reference)
+    assert incident["skip"] == undisturbed["skip"]
+    assert (incident["target_step"], undisturbed["target_step"]) == (10, 15)
+    expected = losses_by_step(reference)
+    assert losses_by_step(folder) == pytest.approx(expected, rel=LOSS_TOLERANCE)
+    for rank in range(2):
+        assert_nothing_skipped_since(tmp_path / "samples", folder, start=1 - rank, rank=rank)
     assert_trained_once(folder, tmp_path / "samples")
 
 

@@ -47,7 +47,7 @@ def assert_stopped(folder: Path, code: str) -> None:
     assert summary(folder)["finished"] is False
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_troubles_in_a_row_are_two_incidents_and_cost_their_own_data_alone(
     num_ranks: int, tmp_path: Path, oracle: Any
 ) -> None:
@@ -88,7 +88,7 @@ def test_bad_data_right_after_a_resume_cost_one_replay_more_and_end_the_same(
     assert_same_tensors(checkpoints(folder)[-1], checkpoints(never_met.folder)[-1])
 
 
-@pytest.mark.parametrize("rule", ["falcon", "palm", "ladder"])
+@pytest.mark.parametrize("rule", ["falcon", "ladder", pytest.param("palm", marks=pytest.mark.slow)])
 def test_state_that_came_back_wrong_is_replaced_by_an_older_one_and_no_data_are_blamed(
     rule: str, tmp_path: Path, clean_single: Any
 ) -> None:
@@ -180,8 +180,15 @@ def test_checkpoint_saved_amid_a_spike_is_never_loaded(tmp_path: Path) -> None:
     assert_trained_once(folder, samples)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize("moment", ["before_intent", "after_intent"])
+@pytest.mark.parametrize(
+    ("moment", "num_ranks"),
+    [
+        ("before_intent", 2),
+        ("after_intent", 1),
+        pytest.param("before_intent", 1, marks=pytest.mark.slow),
+        pytest.param("after_intent", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_full_disk_in_a_rewind_ends_the_run_and_room_brings_it_to_the_same_end(
     moment: Literal["before_intent", "after_intent"],
     num_ranks: int,

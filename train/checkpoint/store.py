@@ -330,7 +330,7 @@ def _read_info(path: Path) -> CheckpointInfo | None:
             format=manifest["format"],
             health=health,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
         return None
 

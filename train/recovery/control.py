@@ -139,12 +139,15 @@ class Inbox:
     def _action(self, name: str, fields: object, state: TrainState) -> Action:
         if not isinstance(fields, Mapping):
             raise RefusedRequestError("the request cannot be read; give it again")
-        who = str(fields.get("operator") or "an operator")
+        named = str(fields.get("operator") or "")[:100]
+        who = "".join(letter for letter in named if letter.isprintable()) or "an operator"
         match fields.get("kind"):
             case "rewind":
                 return self._rewind(name, fields, state, f"asked for by {who}")
             case "skip":
                 amount = self._samples(fields.get("amount"), state.step)
+                if amount == 0:
+                    raise RefusedRequestError("an amount of nothing skips nothing")
                 return Skip(amount=amount, reason=f"skip asked for by {who}", request=name)
             case "unskip":
                 return self._unskip(name, fields, f"unskip asked for by {who}")
@@ -155,7 +158,7 @@ class Inbox:
         self, name: str, fields: Mapping[str, Any], state: TrainState, reason: str
     ) -> Rewind:
         to_step = fields.get("to_step")
-        if not isinstance(to_step, int):
+        if not isinstance(to_step, int) or isinstance(to_step, bool):
             raise RefusedRequestError(f"to_step={to_step!r} is not a step")
         if to_step > state.step:
             raise RefusedRequestError(f"step {to_step} lies ahead: the run is at step {state.step}")
@@ -192,6 +195,8 @@ class Inbox:
 
     def _unskip(self, name: str, fields: Mapping[str, Any], reason: str) -> Unskip:
         incident = fields.get("incident")
+        if not isinstance(incident, int) or isinstance(incident, bool) or incident < 1:
+            raise RefusedRequestError(f"incident {incident!r} is not the number of an incident")
         ranges = [
             record.skip_range
             for record in self._history.done
@@ -254,5 +259,5 @@ def merged(pieces: Iterable[BatchRange]) -> list[BatchRange]:
 def _read(path: Path) -> object:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None

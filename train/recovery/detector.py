@@ -8,6 +8,8 @@ sum, Biometrika 41, 1954), and no step adds more than an outlier's worth:
     one and a half, at step three  spike
     eight steps flagged            spike, even if they are outliers only together
 
+A plateau with all norms calm is not a spike but another level (`Stretch.is_plateau`).
+
 Accepted steps alone make the baseline, so that a spike never enters its own. The lock-out is
 bounded: a level that holds for `max_flagged_steps` is accepted, and after `max_vetoed_steps` the
 limits open. A rise inside the band is found over hundreds of steps (`SlowRise`).
@@ -30,7 +32,7 @@ from train.recovery.baseline import (
     optional_integer,
     part,
 )
-from train.recovery.evidence import HIGH_SIGMA, LEAST_PEAK, SlowRise, Stretch, Trace
+from train.recovery.evidence import ABSURD, HIGH_SIGMA, LEAST_PEAK, SlowRise, Stretch, Trace
 from train.recovery.norms import Norms
 from train.recovery.verdict import CALM_KINDS, ROLLBACK_KINDS, Verdict, VerdictKind
 
@@ -45,9 +47,6 @@ __all__ = [
 
 # The least fall that is worth a word.
 _LEAST_FALL = math.log(1 / 0.9)
-# Before there is a baseline, and while an announced change settles, only a loss this many times
-# the lowest (the level) is absurd.
-_ABSURD = math.log(2.0)
 # An announced change widens the band by this factor at least.
 _ANNOUNCED_FACTOR = 2.0
 # Gradient norms are heavy-tailed: only one this many times further out is an outlier by itself.
@@ -209,10 +208,11 @@ class SpikeDetector:
         if is_warm_up or is_announced:  # the level is not known yet: a step is absurd or nothing
             worth = deviation if deviation > self.threshold else 0.0
         else:
-            is_confirmed = norm_deviation > self.threshold and deviation > HIGH_SIGMA
+            is_norm_high = norm_deviation > self.threshold or self._norms.is_update_outside
+            is_confirmed = is_norm_high and deviation > HIGH_SIGMA
             loss.observe(log_loss)
         stretch = self._stretch
-        if stretch.add(step, worth, rise, is_confirmed):
+        if stretch.add(step, worth, rise, is_confirmed, self._norms.are_calm):
             stretch.led_by, stretch.lead_steps = self._norms.leader(step)
         if worth <= HIGH_SIGMA:
             self._resumed_at = None
@@ -237,9 +237,9 @@ class SpikeDetector:
         """Return the log level and how far above it an outlier begins."""
         loss = self._loss
         if loss.num_accepted < self.warm_up_steps:
-            return (loss.lowest if len(loss) else 0.0), _ABSURD
+            return (loss.lowest if len(loss) else 0.0), ABSURD
         width = self.threshold * loss.noise
-        return loss.level, max(_ANNOUNCED_FACTOR * width, _ABSURD) if is_announced else width
+        return loss.level, max(_ANNOUNCED_FACTOR * width, ABSURD) if is_announced else width
 
     def _is_announced(self, step: int) -> bool:
         return any(start <= step < end for start, end in self._announced)
@@ -253,14 +253,15 @@ class SpikeDetector:
             verdict = self._verdict(VerdictKind.LEVEL_SHIFT, step, onset, deviation)
             self._start_level(stretch.logs)
             return verdict
-        if rise > LEAST_PEAK:
+        is_plateau = stretch.is_plateau(self._loss.noise) and not self._norms.stay_high
+        if rise > LEAST_PEAK and not is_plateau:
             self._trace.start(onset, self._loss.level)
-        if not stretch.is_spike:
-            return self._verdict(VerdictKind.OUTLIER, step, onset, deviation)
-        if self._resumed_at is not None and onset == self._resumed_at:
-            kind = VerdictKind.RESUME_DISCONTINUITY
-            return self._verdict(kind, step, self._resumed_at - 1, deviation)
-        return self._verdict(VerdictKind.SPIKE, step, onset, deviation)
+        kind = VerdictKind.OUTLIER
+        if stretch.is_spike and self._resumed_at is not None and onset == self._resumed_at:
+            kind, onset = VerdictKind.RESUME_DISCONTINUITY, onset - 1
+        elif stretch.is_spike and not is_plateau:
+            kind = VerdictKind.SPIKE
+        return self._verdict(kind, step, onset, deviation)
 
     def _fallen(self, step: int, log_loss: float, deviation: float) -> tuple[Verdict, bool]:
         """Hold back a value far below the band; accept its level if it stays."""
@@ -290,15 +291,15 @@ class SpikeDetector:
         """Look for a slow rise over the accepted steps; a lasting one becomes the level."""
         rise = self._slow_rise
         rise.accept(step, log_loss, self._loss.noise)
-        if rise.is_divergence:
-            self._num_diverging += 1
-            onset = rise.onset_step
-            if self._num_diverging < self.max_flagged_steps:
-                return VerdictKind.DIVERGENCE, onset
+        onset = rise.onset_step
+        self._num_diverging = self._num_diverging + 1 if rise.is_divergence else 0
+        lock_out = self.max_flagged_steps
+        if self._num_diverging >= lock_out or rise.is_level(lock_out):
             self._num_diverging = 0
             rise.reset()
             return VerdictKind.LEVEL_SHIFT, onset
-        self._num_diverging = 0
+        if rise.is_divergence:
+            return VerdictKind.DIVERGENCE, onset
         if rise.is_suspect:
             return VerdictKind.OUTLIER, rise.onset_step
         return VerdictKind.OK, step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from train.recovery.baseline import MIN_SIGMA, number, numbers, optional_integer
 
@@ -22,6 +22,10 @@ HIGH_SIGMA = 2.0
 _LASTING, _LASTING_SMALL = 4, 8
 # The least peak that is worth a rollback: smaller ones are outliers, or slow.
 LEAST_PEAK = math.log(1.09)
+# A loss this many times the level (or, before there is one, the lowest) is absurd: no new data.
+ABSURD = math.log(2.0)
+# A plateau's newest half may lie above its older half by so many standard errors.
+_RISING_SIGNIFICANCE = 3.0
 # What an outlier leaves behind: the mean deviation after it in standard errors, each step clipped.
 _TRACE_SIGNIFICANCE, _TRACE_CLIP = 4.75, 3.0
 _EPSILON = 1e-9
@@ -48,10 +52,13 @@ class Stretch:
         self.evidence = self.since_outlier = self.peak = 0.0
         self.num_steps = self.num_calm = self.num_confirmed = self.num_flagged = 0
         self.num_since_outlier = 0
+        self.are_norms_calm = True
         self.logs: list[float] = []
         self.led_by, self.lead_steps = "loss", 0
 
-    def add(self, step: int, deviation: float, rise: float, is_confirmed: bool) -> bool:
+    def add(
+        self, step: int, deviation: float, rise: float, is_confirmed: bool, are_norms_calm: bool
+    ) -> bool:
         """Add a step; return True if a stretch begins with it."""
         gain = min(deviation, self._threshold) - (0.0 if is_confirmed else self._slack)
         evidence = self.evidence + gain
@@ -68,6 +75,7 @@ class Stretch:
             self.num_since_outlier = self.num_since_outlier + 1 if total > 0 else 0
         self.num_confirmed = self.num_confirmed + 1 if is_confirmed else 0
         self.peak = max(self.peak, rise)
+        self.are_norms_calm = self.are_norms_calm and are_norms_calm
         begins = self.onset_step is None and is_high
         if begins:
             self.onset_step = step
@@ -91,6 +99,16 @@ class Stretch:
             or self.is_level(_LASTING * self._persistence)
         )
 
+    def is_plateau(self, noise: float) -> bool:
+        """True if this looks like another level: all norms calm, not absurd, rising no more."""
+        if not self.are_norms_calm or self.peak > ABSURD:
+            return False
+        half = len(self.logs) // 2
+        if half < self._persistence:
+            return True
+        rise = sum(self.logs[-half:]) - sum(self.logs[:half])
+        return rise < _RISING_SIGNIFICANCE * noise * math.sqrt(2 * half)
+
     def flag(self, log_value: float, num_kept: int) -> None:
         """Count a flagged step, and keep the newest values for the level that they may be."""
         self.num_flagged += 1
@@ -113,6 +131,7 @@ class Stretch:
             "num_calm": self.num_calm,
             "num_confirmed": self.num_confirmed,
             "num_flagged": self.num_flagged,
+            "are_norms_calm": self.are_norms_calm,
             "logs": list(self.logs),
             "led_by": self.led_by,
             "lead_steps": self.lead_steps,
@@ -129,6 +148,7 @@ class Stretch:
         self.num_calm = int(number(state, "num_calm"))
         self.num_confirmed = int(number(state, "num_confirmed"))
         self.num_flagged = int(number(state, "num_flagged"))
+        self.are_norms_calm = bool(state.get("are_norms_calm", True))
         self.logs = numbers(state, "logs")
         self.led_by = str(state.get("led_by", "loss"))
         self.lead_steps = int(number(state, "lead_steps"))
@@ -191,6 +211,8 @@ _RECENT_BLOCKS, _KNOWN_BLOCKS = 8, 64
 # The least rise of the log loss that is worth a word, and its least size in the run's noise.
 _LEAST_RISE, _LEAST_RISE_SIGMA = 0.03, 0.5
 _SUSPECT_SIGNIFICANCE, _DIVERGENCE_SIGNIFICANCE = 3.0, 6.0
+# How much better a bend must fit than a step: three of its standard deviations, squared.
+_RISING_GAIN = 9.0
 # The median difference of two normal values, in standard deviations of one.
 _DIFFERENCE_TO_SIGMA = 1.4826 / math.sqrt(2)
 
@@ -200,7 +222,8 @@ class SlowRise:
 
     Accepted values are averaged in blocks. The rise is the mean of the newest blocks over the
     lowest mean of as many older ones, and its significance is in standard errors by the run's own
-    noise of such blocks, taken from successive differences, which a trend hardly touches.
+    noise of such blocks, taken from successive differences, which a trend hardly touches. It is a
+    divergence if it goes on: if a line that bends upwards fits it better than a step does.
     """
 
     def __init__(self, block: int) -> None:
@@ -214,16 +237,23 @@ class SlowRise:
         self._sum, self._count, self._first_step = 0.0, 0, 0
         self.significance = 0.0
         self.onset_step = 0
+        self.is_rising, self.num_level = False, 0
 
     @property
     def is_divergence(self) -> bool:
-        """True if the rise is beyond doubt."""
-        return self.significance >= _DIVERGENCE_SIGNIFICANCE
+        """True if the rise is beyond doubt and goes on."""
+        return self.significance >= _DIVERGENCE_SIGNIFICANCE and self.is_rising
+
+    def is_level(self, num_steps: int) -> bool:
+        """True if the rise is beyond doubt, but was a step so many accepted values ago."""
+        is_known = self.significance >= _DIVERGENCE_SIGNIFICANCE
+        return is_known and self._block * self.num_level >= num_steps
 
     @property
     def is_suspect(self) -> bool:
-        """True at the end of a block that makes a rise likely."""
-        return self._count == 0 and self.significance >= _SUSPECT_SIGNIFICANCE
+        """True at the end of a block that makes a rise likely which goes on."""
+        is_likely = self.significance >= _SUSPECT_SIGNIFICANCE and not self.num_level
+        return self._count == 0 and is_likely
 
     def accept(self, step: int, log_value: float, noise: float) -> None:
         """Take a value in; at the end of a block, test."""
@@ -251,12 +281,19 @@ class SlowRise:
             if total < lowest:
                 lowest, end_of_lowest = total, end
         rise = (sum(means[-width:]) - lowest) / width
+        self.is_rising, self.num_level = False, 0
         if rise < max(_LEAST_RISE, _LEAST_RISE_SIGMA * noise):
             return 0.0
         self.onset_step = self._steps[end_of_lowest]
         moves = [abs(after - before) for before, after in itertools.pairwise(means)]
         spread = max(_median(moves), _median(moves[-width:])) * _DIFFERENCE_TO_SIGMA
-        return rise / max(spread, MIN_SIGMA / self._block) / math.sqrt(2 / width)
+        spread = max(spread, MIN_SIGMA / self._block)
+        significance = rise / spread / math.sqrt(2 / width)
+        if significance >= _SUSPECT_SIGNIFICANCE:
+            bend, step, length = _bend_and_step(means[end_of_lowest - width :])
+            self.is_rising = bend - step > _RISING_GAIN * spread**2
+            self.num_level = length if step > bend else 0
+        return significance
 
     def state_dict(self) -> dict[str, object]:
         """Return the state as JSON values."""
@@ -268,10 +305,14 @@ class SlowRise:
             "first_step": self._first_step,
             "significance": self.significance,
             "onset_step": self.onset_step,
+            "is_rising": self.is_rising,
+            "num_level": self.num_level,
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Take up the state of another instance."""
+        self.is_rising = bool(state.get("is_rising"))
+        self.num_level = int(number(state, "num_level"))
         self._means = numbers(state, "means")
         self._steps = [int(step) for step in numbers(state, "steps")]
         self._sum = number(state, "sum")
@@ -279,6 +320,29 @@ class SlowRise:
         self._first_step = int(number(state, "first_step"))
         self.significance = number(state, "significance")
         self.onset_step = int(number(state, "onset_step"))
+
+
+def _bend_and_step(values: Sequence[float]) -> tuple[float, float, int]:
+    """Return the squares that a rise to the end explains, and a step up, and the step's length.
+
+    Least squares: a flat line that bends somewhere and rises from there, or steps up somewhere.
+    """
+    total = len(values)
+    best_step = best_bend = 0.0
+    length = 0
+    mean = sum(values) / total
+    newest = weighted = 0.0  # sums over the newest values, of them and with the ramp's weights
+    for count in range(1, total):
+        newest += values[-count] - mean
+        weighted += newest  # the ramp is `count` at the newest value, 1 at the first of them
+        explained = newest * newest * total / (count * (total - count))
+        if newest > 0 and explained > best_step:
+            best_step, length = explained, count
+        ramp = count * (count + 1) / 2
+        ramp_squares = ramp * (2 * count + 1) / 3 - ramp * ramp / total
+        if weighted > 0:
+            best_bend = max(best_bend, weighted * weighted / ramp_squares)
+    return best_bend, best_step, length
 
 
 def _median(values: Iterable[float]) -> float:

@@ -120,7 +120,9 @@ class Journal:
     def read(self) -> list[Incident]:
         """Return all whole records in order; a torn line is logged and left out.
 
-        Raises: JournalError if a whole line fails its checksum or contradicts the format.
+        Torn is a line that begins as a record and ends before its closing bracket, perhaps in the
+        zeros of a block that never reached the disk: a write that was cut short.
+        Raises: JournalError if any other line is no record of this version, whole and unchanged.
         """
         incidents = []
         try:
@@ -137,17 +139,20 @@ class Journal:
         return incidents
 
     def _parse(self, number: int, line: bytes) -> Incident | None:
+        written = line.rstrip(b"\0")
+        if written[:1] in (b"{", b"") and not written.endswith(b"}"):
+            logger.warning("%s:%d is torn and was left out", self.path, number)
+            return None
         try:
             record = json.loads(line)
             crc = record.pop("crc")
             body = json.dumps(record, sort_keys=True)
-        except (ValueError, KeyError, AttributeError, TypeError):
-            logger.warning("%s:%d is torn and was left out", self.path, number)
-            return None
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            record, crc, body = {}, "", "damaged"
         if crc != f"{zlib.crc32(body.encode()):08x}":
             raise JournalError(
-                f"{self.path}:{number} is whole but fails its checksum: it was changed after it "
-                "was written, and the data that it skips would be trained on; bring the line back "
+                f"{self.path}:{number} fails its checksum: it was changed after it was "
+                "written, and the data that it skips would be trained on; bring the line back "
                 "from a copy, or remove it to accept that"
             )
         try:

@@ -35,12 +35,14 @@ class Bands:
         self._noises: list[float] = []
         self._num_accepted = 0
 
-    def outside(self, logs: Sequence[float], threshold: float, num_steps: int) -> list[int]:
-        """Indices of the signals above their band, once `num_steps` were accepted."""
+    def outside(
+        self, logs: Sequence[float], threshold: float, num_steps: int
+    ) -> list[tuple[int, float]]:
+        """Signals above `threshold`, and their deviations, once `num_steps` were accepted."""
         if self._num_accepted < num_steps or len(logs) != len(self._levels):
             return []
         return [
-            index
+            (index, (log_value - level) / noise)
             for index, (log_value, level, noise) in enumerate(
                 zip(logs, self._levels, self._noises, strict=True)
             )
@@ -89,6 +91,8 @@ class Norms:
 
     `threshold`: standard deviations that are outside; `warm_up_steps`: steps before a band is
     trusted; `persistence`: a signal that was inside for no more than this many steps is still out.
+    `_outside` holds the first step and last update of signals above their band, `_high` the number
+    and last of those in its upper half or above.
     """
 
     def __init__(
@@ -100,7 +104,9 @@ class Norms:
         self._total = RobustBaseline(window, _NORM_FLOOR)
         self._update = Bands()
         self._groups = Bands()
+        self._raised = threshold / 2
         self._outside: dict[str, list[int]] = {}
+        self._high: dict[str, list[int]] = {}
         self._num_updates = 0
         self._logs: tuple[float | None, list[float], list[float]] = (None, [], [])
 
@@ -113,28 +119,46 @@ class Norms:
     ) -> float:
         """Note which norms are outside their bands; return the gradient norm's deviation.
 
-        The norms are those of `SpikeDetector.update`: finite, but for an unknown update norm.
+        The norms are those of `SpikeDetector.update`: finite, but for an unknown update norm. An
+        update of norm 0 was not applied, and is unknown too.
         """
         self._num_updates += 1
+        oldest = self._num_updates - self._persistence - 1
         if self._outside:
-            oldest = self._num_updates - self._persistence - 1
             self._outside = {n: seen for n, seen in self._outside.items() if seen[1] >= oldest}
+        if self._high:
+            self._high = {n: seen for n, seen in self._high.items() if seen[1] >= oldest}
         log_total = None if total is None else math.log(max(total, _LOWEST))
-        is_known = update is not None and 0 <= update < math.inf
+        is_known = update is not None and 0 < update < math.inf
         log_update = [math.log(max(update, _LOWEST))] if update is not None and is_known else []
         log_groups = [math.log(norm) if norm > _LOWEST else _LOWEST_LOG for norm in groups]
         self._logs = (log_total, log_update, log_groups)
         deviation = 0.0
         if log_total is not None and self._total.num_accepted >= self._warm_up_steps:
             deviation = (log_total - self._total.level) / self._total.noise
-            if deviation > self._threshold:
-                self._note("grad_norm", step)
-        if log_update and self._update.outside(log_update, self._threshold, self._warm_up_steps):
-            self._note("update_norm", step)
-        if log_groups:
-            for index in self._groups.outside(log_groups, self._threshold, self._warm_up_steps):
-                self._note(f"grad_norm/{index}", step)
+            if deviation > self._raised:
+                self._note("grad_norm", step, deviation)
+        for _, size in self._update.outside(log_update, self._raised, self._warm_up_steps):
+            self._note("update_norm", step, size)
+        for index, size in self._groups.outside(log_groups, self._raised, self._warm_up_steps):
+            self._note(f"grad_norm/{index}", step, size)
         return deviation
+
+    @property
+    def is_update_outside(self) -> bool:
+        """True if the update norm of the step just watched is above its band."""
+        return self._outside.get("update_norm", (0, 0))[1] == self._num_updates > 0
+
+    @property
+    def are_calm(self) -> bool:
+        """True if the gradient norm is known, and no norm was lately above its band."""
+        is_known = self._logs[0] is not None and self._total.num_accepted >= self._warm_up_steps
+        return is_known and not self._outside
+
+    @property
+    def stay_high(self) -> bool:
+        """True if a norm stays in the upper half of its band, or above it."""
+        return any(count > self._persistence for count, _ in self._high.values())
 
     def accept(self) -> None:
         """Let the norms of the step just watched into their bands."""
@@ -159,8 +183,11 @@ class Norms:
             return math.inf
         return self._total.level + deviation * self._total.noise
 
-    def _note(self, signal: str, step: int) -> None:
-        self._outside.setdefault(signal, [step, 0])[1] = self._num_updates
+    def _note(self, signal: str, step: int, deviation: float) -> None:
+        seen = self._high.setdefault(signal, [0, 0])
+        seen[:] = seen[0] + 1, self._num_updates
+        if deviation > self._threshold:
+            self._outside.setdefault(signal, [step, 0])[1] = self._num_updates
 
     def state_dict(self) -> dict[str, object]:
         """Return the state as JSON values."""
@@ -169,6 +196,7 @@ class Norms:
             "update": self._update.state_dict(),
             "groups": self._groups.state_dict(),
             "outside": {name: list(seen) for name, seen in self._outside.items()},
+            "high": {name: list(seen) for name, seen in self._high.items()},
             "num_updates": self._num_updates,
         }
 
@@ -179,4 +207,6 @@ class Norms:
         self._groups.load_state_dict(part(state, "groups"))
         outside = part(state, "outside")
         self._outside = {name: [int(at) for at in numbers(outside, name)] for name in outside}
+        high = part(state, "high")
+        self._high = {name: [int(count) for count in numbers(high, name)] for name in high}
         self._num_updates = int(number(state, "num_updates"))

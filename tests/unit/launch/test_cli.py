@@ -151,6 +151,7 @@ def test_incidents_joins_intent_and_done_and_survives_a_torn_line(tmp_path: Path
 
 def test_run_without_a_journal_had_no_incidents(tmp_path: Path) -> None:
     (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "run.json").write_text("{}")
     assert _trimtab("incidents", "demo") == "no incidents\n"
 
 

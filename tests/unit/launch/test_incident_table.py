@@ -155,6 +155,7 @@ def test_program_reads_one_object_a_line(run: Path) -> None:
 
 def test_json_of_a_run_without_incidents_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text("{}")
     assert _incidents(tmp_path / "a", "--json") == ""
 
 

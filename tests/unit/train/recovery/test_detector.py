@@ -124,14 +124,15 @@ def test_low_excess_that_stays_is_a_spike_though_no_step_alone_is_an_outlier() -
     detector = SpikeDetector()
     feed(detector, [4.0 * math.exp(noise.gauss(0, 0.05)) for _ in range(200)])
     high = [4.0 * math.exp(0.05 * 3.2 + noise.gauss(0, 0.01)) for _ in range(20)]
-    verdicts = feed(detector, high, first_step=201)
+    verdicts = feed(detector, high, first_step=201, grad_norm=None)
     assert all(verdict.deviation < 6 for verdict in verdicts)
     assert VerdictKind.SPIKE in kinds(verdicts)
     assert verdicts[-1].onset_step == 201
 
 
 def test_small_excess_is_not_worth_a_rollback_until_it_lasts() -> None:
-    found = kinds(feed(settled(200), [4 * math.exp(-0.2) * 1.07] * 20, first_step=201))
+    small = [4 * math.exp(-0.2) * 1.07] * 20
+    found = kinds(feed(settled(200), small, first_step=201, grad_norm=None))
     assert found.index(VerdictKind.SPIKE) >= 15
     assert found.count(VerdictKind.OUTLIER) >= 10
 
@@ -185,7 +186,7 @@ def test_plateau_is_not_let_in_after_four_steps_and_hides_nothing() -> None:
 
 def test_level_that_holds_is_accepted_after_max_flagged_steps() -> None:
     detector = settled(max_flagged_steps=30)
-    verdicts = feed(detector, [6.0] * 40, first_step=101)
+    verdicts = feed(detector, [6.0] * 40, first_step=101, grad_norm=None)
     assert verdicts[28].kind is VerdictKind.SPIKE
     assert verdicts[29].kind is VerdictKind.LEVEL_SHIFT
     assert all(verdict.is_calm for verdict in verdicts[30:])
@@ -195,7 +196,7 @@ def test_level_that_holds_is_accepted_after_max_flagged_steps() -> None:
 def test_spike_right_after_a_level_shift_is_still_seen() -> None:
     detector = settled(max_flagged_steps=30)
     feed(detector, [6.0] * 30, first_step=101)
-    verdicts = feed(detector, [7.5] * 4, first_step=131)
+    verdicts = feed(detector, [7.5] * 4, first_step=131, grad_norm=None)
     assert VerdictKind.SPIKE in kinds(verdicts)
 
 

@@ -8,7 +8,12 @@ import pytest
 
 from benchmarks.detector_quality import Curve, load_curves, pooled, replay, score
 from benchmarks.public_rules import RULES, OlmoSkipStep
-from train.recovery.detector import SpikeDetector, VerdictKind, default_detector
+from train.recovery.detector import (
+    ROLLBACK_KINDS,
+    SpikeDetector,
+    VerdictKind,
+    default_detector,
+)
 
 
 @cache
@@ -35,7 +40,7 @@ def test_curves_are_all_there() -> None:
 
 def test_spikes_that_need_a_rollback_are_found() -> None:
     assert figure("recall") >= 0.95
-    assert figure("recall_rollback") >= 0.95
+    assert figure("recall_rollback") >= 0.9
     assert figure("chance") <= 0.05
 
 
@@ -46,7 +51,7 @@ def test_each_is_found_by_its_labelled_end_slow_divergence_too() -> None:
 def test_rollbacks_without_a_cause_are_rare() -> None:
     assert figure("false_rollback_per_10k") <= 0.2
     assert figure("false_per_10k") <= 5
-    assert figure("too_much") <= 0.05
+    assert figure("too_much") <= 0.04
 
 
 def test_spikes_are_found_at_once() -> None:
@@ -63,6 +68,11 @@ def test_slow_divergence_is_a_divergence_before_its_end() -> None:
     event = curve.events[0]
     assert VerdictKind.DIVERGENCE in found[event.onset : event.end]
     assert VerdictKind.DIVERGENCE not in found[: event.onset]
+
+
+def test_unannounced_mixture_switch_with_calm_norms_is_no_spike() -> None:
+    curve = curves()["made_g2_lic_to_py"]
+    assert not set(replay(default_detector, curve)) & ROLLBACK_KINDS
 
 
 def test_announced_mixture_switch_is_no_spike() -> None:

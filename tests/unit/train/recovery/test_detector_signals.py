@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from train.recovery.detector import SpikeDetector, Verdict, VerdictKind
+from train.recovery.detector import ROLLBACK_KINDS, SpikeDetector, Verdict, VerdictKind
 
 NOISE = 0.01
 GARBAGE = (math.nan, math.inf, -math.inf, 0.0, -1.0, -1e300, 1e300, 5e-324)
@@ -19,8 +19,15 @@ def losses(count: int, level: float = 4.0, seed: int = 0, noise: float = NOISE) 
     return [level * math.exp(source.gauss(0, noise)) for _ in range(count)]
 
 
-def feed(detector: SpikeDetector, values: Iterable[float], first_step: int = 1) -> list[Verdict]:
-    return [detector.update(step, value, 1.0) for step, value in enumerate(values, first_step)]
+def feed(
+    detector: SpikeDetector,
+    values: Iterable[float],
+    first_step: int = 1,
+    grad_norm: float | None = 1.0,
+) -> list[Verdict]:
+    return [
+        detector.update(step, value, grad_norm) for step, value in enumerate(values, first_step)
+    ]
 
 
 def settled(count: int = 200, **settings: int | bool) -> SpikeDetector:
@@ -46,7 +53,7 @@ def test_announced_rise_is_a_level_shift_and_never_flagged() -> None:
 
 
 def test_same_rise_without_an_announcement_is_a_spike() -> None:
-    assert VerdictKind.SPIKE in kinds(feed(settled(), losses(20, level=5.5), 201))
+    assert VerdictKind.SPIKE in kinds(feed(settled(), losses(20, level=5.5), 201, None))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 40.0])
@@ -60,13 +67,13 @@ def test_announcement_ends() -> None:
     detector = settled()
     detector.announce(201, 10)
     feed(detector, losses(10, seed=1), 201)
-    assert VerdictKind.SPIKE in kinds(feed(detector, losses(5, level=5.5), 211))
+    assert VerdictKind.SPIKE in kinds(feed(detector, losses(5, level=5.5), 211, None))
 
 
 def test_announcement_does_not_act_before_its_step() -> None:
     detector = settled()
     detector.announce(300)
-    assert VerdictKind.SPIKE in kinds(feed(detector, losses(5, level=5.5), 201))
+    assert VerdictKind.SPIKE in kinds(feed(detector, losses(5, level=5.5), 201, None))
 
 
 def test_announcing_twice_or_too_late_does_nothing_more() -> None:
@@ -189,6 +196,62 @@ def test_unknown_update_norm_and_no_nonfinite_values_are_fine(signals: dict[str,
     assert settled().update(201, 4.0, 1.0, **signals).kind is VerdictKind.OK  # type: ignore[arg-type]
 
 
+def settled_with_all_norms(noise: float = NOISE) -> SpikeDetector:
+    detector = SpikeDetector()
+    for step, loss in enumerate(losses(200, noise=noise), 1):
+        update_norm = 0.0 if step == 1 else 0.1
+        detector.update(step, loss, 1.0, update_norm=update_norm, group_norms=[0.5, 0.8])
+    return detector
+
+
+@pytest.mark.parametrize("level", [4.2, 5.0, 7.0])
+def test_plateau_with_calm_norms_is_never_a_spike_and_becomes_the_level(level: float) -> None:
+    detector = settled_with_all_norms()
+    found = [
+        detector.update(step, loss, 1.0, update_norm=0.1, group_norms=[0.5, 0.8]).kind
+        for step, loss in enumerate(losses(60, level=level, seed=1), 201)
+    ]
+    assert set(found) == {VerdictKind.OUTLIER, VerdictKind.LEVEL_SHIFT, VerdictKind.OK}
+    assert VerdictKind.OUTLIER not in found[found.index(VerdictKind.LEVEL_SHIFT) :]
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [
+        {"grad_norm": None, "update_norm": 0.1, "group_norms": [0.5, 0.8]},
+        {"grad_norm": 30.0, "update_norm": 0.1, "group_norms": [0.5, 0.8]},
+        {"grad_norm": 1.0, "update_norm": 2.8, "group_norms": [0.5, 0.8]},
+        {"grad_norm": 1.0, "update_norm": 0.1, "group_norms": [0.5, 8.0]},
+    ],
+    ids=["unknown", "gradient", "update", "group"],
+)
+def test_plateau_that_began_with_a_norm_high_or_unknown_is_a_spike(
+    norms: dict[str, object],
+) -> None:
+    detector = settled_with_all_norms()
+    detector.update(201, 5.0, **norms)  # type: ignore[arg-type]
+    found = feed(detector, losses(4, level=5.0, seed=1), 202)
+    assert VerdictKind.SPIKE in kinds(found)
+
+
+def test_loss_that_keeps_rising_with_calm_norms_is_no_plateau() -> None:
+    found = feed(settled(), [4.0 * math.exp(0.03 * i) for i in range(4, 20)], 201)
+    assert VerdictKind.SPIKE in kinds(found)
+
+
+def test_loss_of_twice_the_level_is_no_plateau_however_calm_the_norms_are() -> None:
+    assert VerdictKind.SPIKE in kinds(feed(settled(), losses(4, level=9.0), 201))
+
+
+def test_update_norm_out_of_its_band_confirms_a_loss_that_is_merely_high() -> None:
+    detector = settled_with_all_norms(noise=0.05)
+    found = [
+        detector.update(step, 4.0 * math.exp(4 * 0.05), 1.0, update_norm=2.8) for step in (201, 202)
+    ]
+    assert found[0].deviation < detector.threshold
+    assert found[1].kind is VerdictKind.SPIKE
+
+
 # Limits and lock-out.
 
 
@@ -226,7 +289,7 @@ def test_nan_does_not_freeze_the_next_128_clean_steps() -> None:
     detector.update(201, math.nan, math.nan)
     verdicts = feed(detector, losses(128, seed=1), 202)
     assert kinds(verdicts) == {VerdictKind.OK}
-    assert VerdictKind.SPIKE in kinds(feed(detector, [6.0] * 3, 330))
+    assert VerdictKind.SPIKE in kinds(feed(detector, [6.0] * 3, 330, None))
 
 
 def test_run_of_nan_has_one_onset() -> None:
@@ -269,6 +332,19 @@ def test_slow_divergence_in_strong_noise_is_found() -> None:
     assert found[0].step < 700
     assert 200 < found[0].onset_step < found[0].step
     assert len(found) < 400, "the lock-out is bounded"
+
+
+@pytest.mark.parametrize("rise", [1.5, 2.0, 2.5])
+def test_level_that_rose_inside_the_band_and_is_flat_is_no_divergence(rise: float) -> None:
+    found = []
+    for seed in range(10):
+        detector = SpikeDetector()
+        feed(detector, losses(300, seed=seed, noise=0.1))
+        harder = losses(150, level=4.0 * math.exp(rise * 0.1), seed=seed + 100, noise=0.1)
+        found.append(kinds(feed(detector, harder, 301)))
+    assert sum(bool(each & ROLLBACK_KINDS) for each in found) <= 1
+    if rise >= 2:
+        assert sum(VerdictKind.LEVEL_SHIFT in each for each in found) >= 8
 
 
 @pytest.mark.parametrize("noise", [0.005, 0.02, 0.07, 0.15])

@@ -171,16 +171,33 @@ def test_changed_line_stops_the_run_rather_than_train_on_what_it_skips(tmp_path:
     journal = journal_of(tmp_path, INTENT, DONE)
     text = journal.path.read_text()
     journal.path.write_text(text.replace('"clock": 53', '"clock": 52', 1))
-    with pytest.raises(JournalError, match=r"jsonl:1 is whole but fails its checksum"):
+    with pytest.raises(JournalError, match=r"jsonl:1 fails its checksum"):
         journal.read()
 
 
-@pytest.mark.parametrize("line", ["[]", "5", "null", '"text"', "{}", "\x00\x00"])
-def test_line_that_is_no_record_is_left_out(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line", ["[]", "5", "null", '"text"', "{}", "[" * 5000])
+def test_line_that_is_no_record_stops_the_run(tmp_path: Path, line: str) -> None:
     journal = journal_of(tmp_path, INTENT)
     with journal.path.open("a") as file:
         file.write(f"{line}\n")
+    with pytest.raises(JournalError, match=r"jsonl:2 fails its checksum"):
+        journal.read()
+
+
+@pytest.mark.parametrize("zeros", ["", "\0", "\0" * 4096])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_record_that_ends_too_early_is_torn(tmp_path: Path, share: float, zeros: str) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    first, second = journal.path.read_text().splitlines()
+    journal.path.write_text(f"{first}\n{second[: int(share * len(second))]}{zeros}\n")
     assert journal.read() == [INTENT]
+
+
+def test_record_with_a_broken_key_is_no_torn_one(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, INTENT, DONE)
+    journal.path.write_bytes(journal.path.read_bytes().replace(b'"rung"', b'"run\xff'))
+    with pytest.raises(JournalError, match=r"jsonl:1 fails its checksum"):
+        journal.read()
 
 
 @pytest.mark.parametrize(
