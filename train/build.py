@@ -334,7 +334,8 @@ def _start_and_train(
             last_step=config.run.steps,
             num_parameters=run.engine.num_parameters,
             is_resumed=resumed is not None,
-            is_sound=is_calm and (resumed is None or resumed.finished_incident is None),
+            # Right behind a rewind, what comes next may be the trouble that it was made for.
+            is_sound=is_calm and state.clock > run.history.clock,
         )
     )
     if resumed is not None and resumed.finished_incident is not None:

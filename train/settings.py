@@ -23,6 +23,7 @@ REFUSE_UNKNOWN = ConfigDict(extra="forbid")
 Count = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Scale = Annotated[float, Field(gt=0, le=1e6)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -291,10 +292,10 @@ class RecoverySettings:
     skip: AmountField
     margin: AmountField
     rewind_steps: NonNegative
-    token_scale: PositiveFloat
-    step_scale: PositiveFloat
+    token_scale: Scale
+    step_scale: Scale
     ladder: tuple[Rung, ...]
-    growth: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    growth: Annotated[float, Field(ge=1, le=100)]
     cool_factor: Annotated[float, Field(gt=0, lt=1)]
     cool_steps: Count
     cooldown_steps: NonNegative
