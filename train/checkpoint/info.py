@@ -15,6 +15,10 @@ HEALTH = "health.json"
 STATE = "state.json"
 
 
+# Threads that write, digest and verify a rank's files; more of them would starve training hosts.
+NUM_FILE_THREADS = 2
+
+
 class Health(StrEnum):
     """How far a checkpoint is trusted."""
 

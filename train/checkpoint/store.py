@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from hashlib import sha256
@@ -26,6 +26,7 @@ from typing import Any
 from train.checkpoint.info import (
     HEALTH,
     MANIFEST,
+    NUM_FILE_THREADS,
     STATE,
     CheckpointInfo,
     Health,
@@ -147,12 +148,18 @@ class CheckpointStore:
     def _seal(self, folder: Path) -> dict[str, dict[str, object]]:
         """Fsync and digest this rank's share of the files."""
         mine = sorted(path for path in folder.rglob("*") if path.is_file())
-        entries: dict[str, dict[str, object]] = {}
-        for path in mine[self._world.rank :: self._world.size]:
+        mine = mine[self._world.rank :: self._world.size]
+
+        def seal(path: Path) -> dict[str, object]:
             fsync_file(path)
-            name = str(path.relative_to(folder))
-            entries[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        return entries
+            return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+        with ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="digests") as threads:
+            entries = threads.map(seal, mine)
+            return {
+                str(path.relative_to(folder)): entry
+                for path, entry in zip(mine, entries, strict=True)
+            }
 
     def _publish(
         self,
@@ -215,8 +222,11 @@ class CheckpointStore:
             problem = f"{info.path} cannot be read ({error})"
         self._agree_it_is_whole(problem)
         failure: Exception | None = None
-        with ThreadPoolExecutor(1, thread_name_prefix="digests") as thread:
-            digests = thread.submit(verify_digests, info.path, mine)
+        with ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="digests") as threads:
+            digests = [
+                threads.submit(verify_digests, info.path, {name: entry})
+                for name, entry in mine.items()
+            ]
             if not engine.reads_together:  # one rank's bad file would leave the others waiting
                 self._agree_it_is_whole(_problem_of(digests))
             try:
@@ -301,12 +311,12 @@ class CheckpointStore:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _problem_of(digests: Future[None]) -> str | None:
-    try:
-        digests.result()
-    except CorruptCheckpointError as error:
-        return str(error)
-    return None
+def _problem_of(digests: Sequence[Future[None]]) -> str | None:
+    problems = [digest.exception() for digest in digests]
+    for problem in problems:
+        if problem is not None and not isinstance(problem, CorruptCheckpointError):
+            raise problem
+    return "; ".join(str(problem) for problem in problems if problem) or None
 
 
 def _read_info(path: Path) -> CheckpointInfo | None:
