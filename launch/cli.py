@@ -60,6 +60,11 @@ def main() -> None:
     except LaunchError as error:
         print(f"trimtab: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(1)
+    except OSError as error:
+        print(f"trimtab: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def launch(
@@ -178,13 +183,16 @@ def rewind(
             show_default=False,
         ),
     ] = None,
+    far: Annotated[
+        bool, typer.Option("--far", help="Go even where the last good state lies far before STEP.")
+    ] = False,
     wait: Wait = 60,
 ) -> None:
     """Ask a run to go back to a good state, now or when it starts again."""
     from launch.control import SEEN, Kind, Request, read_amount
 
     amount = skip if skip in (None, SEEN) else read_amount(skip)
-    _ask(run, Request(kind=Kind.REWIND, to_step=to, amount=amount), wait)
+    _ask(run, Request(kind=Kind.REWIND, to_step=to, amount=amount, is_far=far), wait)
 
 
 def skip(

@@ -51,6 +51,8 @@ class Request:
     to_step: int | None = None
     amount: str | None = None
     incident: int | None = None
+    is_far: bool = False
+    """Whether a rewind may go much further back than asked, where nothing nearer is left."""
 
 
 class Liveness(StrEnum):

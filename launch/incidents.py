@@ -88,6 +88,6 @@ def _sequence_length(run_folder: Path) -> int | None:
     try:
         config = yaml.safe_load((run_folder / "config.yaml").read_text(encoding="utf-8"))
         length = config["data"]["sequence_length"]
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError, RecursionError):
         return None
     return length if isinstance(length, int) else None

@@ -189,6 +189,7 @@ class Process:
             schedule=self.schedule,
             history=self.history,
             sequence_length=SEQUENCE_LENGTH,
+            near_steps=10**9,
             world=world,
         )
 

@@ -222,6 +222,7 @@ def _inbox(
         schedule=schedule,
         history=history,
         sequence_length=config.data.sequence_length,
+        near_steps=2 * config.checkpoint.interval_steps,
         world=world,
     )
 

@@ -8,6 +8,7 @@ comes once, as failing hardware does: neither a rewind nor a later restart bring
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -94,7 +95,8 @@ class FaultySchedule(Schedule):
             return 1.0
         if chaos.kind is ChaosKind.LR_SHOCK:
             return chaos.factor if progress < 1 else 1.0
-        return float(min(chaos.factor**progress, MAX_CREEP))
+        exponent = progress * math.log(chaos.factor)
+        return math.exp(min(exponent, math.log(MAX_CREEP)))
 
 
 class FaultyEngine:

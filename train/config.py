@@ -288,11 +288,11 @@ def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
                     f"chaos.{key}={amount}: chaos={chaos.kind} strikes at a step, not at data; "
                     'give "100 steps"'
                 )
-        if chaos.start.unit is not AmountUnit.TOKENS and chaos.start.value >= config.run.steps:
-            yield (
-                f"chaos.start={chaos.start} lies behind the last step, run.steps="
-                f"{config.run.steps}: it would never strike; set it earlier"
-            )
+    if chaos.start.unit is not AmountUnit.TOKENS and chaos.start.value >= config.run.steps:
+        yield (
+            f"chaos.start={chaos.start} lies behind the last step, run.steps={config.run.steps}: "
+            "it would never strike; set it earlier"
+        )
     if chaos.kind is ChaosKind.BIT_FLIP and config.engine.kind is EngineKind.DEEPSPEED:
         yield (
             "chaos.kind=bit_flip is impossible with engine=deepspeed: it keeps copies of the "

@@ -170,7 +170,7 @@ def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> Non
         return
     try:
         saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         saved = str(error)
     if not isinstance(saved, Mapping):
         raise RunFolderError(

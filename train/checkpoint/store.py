@@ -331,9 +331,9 @@ def _read_info(path: Path) -> CheckpointInfo | None:
         return CheckpointInfo(
             name=path.name,
             path=path,
-            step=manifest["step"],
-            cursor=manifest["cursor"],
-            clock=manifest["clock"],
+            step=int(match[1]),
+            cursor=int(manifest["cursor"]),
+            clock=int(match[2]),
             num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
             digest=sha256(text).hexdigest(),
             world_size=manifest["world_size"],

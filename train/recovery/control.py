@@ -58,6 +58,7 @@ class Inbox:
         schedule: Schedule,
         history: RecoveryHistory,
         sequence_length: int,
+        near_steps: int,
         world: World,
     ) -> None:
         self._requests = folder / "requests"
@@ -66,6 +67,7 @@ class Inbox:
         self._schedule = schedule
         self._history = history
         self._sequence_length = sequence_length
+        self._near_steps = near_steps
         self._world = world
         self._has_request = threading.Event()
         self._is_closed = threading.Event()
@@ -171,6 +173,13 @@ class Inbox:
                 f"{steps}"
             )
         target = max(before, key=lambda info: (info.step, info.clock))
+        if to_step - target.step > self._near_steps and fields.get("is_far") is not True:
+            steps = ", ".join(str(info.step) for info in good)
+            raise RefusedRequestError(
+                f"the last good state up to step {to_step} is of step {target.step}, "
+                f"{to_step - target.step} steps before it, and what came after is given up; good "
+                f"ones are of steps {steps}: name one of them, or add --far"
+            )
         amount = fields.get("amount")
         covers_all = amount == "seen"
         samples = self._samples("0 tokens" if covers_all else amount or "0 tokens", target.step)

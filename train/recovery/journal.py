@@ -97,16 +97,19 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_begun = False
 
     def append(self, incident: Incident) -> None:
         """Write one record and return when it is durable. Called on rank 0 alone."""
         body = json.dumps(asdict(incident), sort_keys=True)
         record = {**json.loads(body), "crc": f"{zlib.crc32(body.encode()):08x}"}
-        is_new = not self.path.exists()
+        # A journal that was there and is gone (the folder was moved) must not be begun anew.
+        is_new = not self._is_begun and not self.path.exists()
         line = json.dumps(record, sort_keys=True) + "\n"
         if not is_new and not self._ends_with_newline():
             line = "\n" + line
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        how = os.O_WRONLY | os.O_APPEND | (os.O_CREAT if is_new else 0)
+        descriptor = os.open(self.path, how, 0o644)
         try:
             view = memoryview(line.encode())
             while view:
@@ -114,6 +117,7 @@ class Journal:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        self._is_begun = True
         if is_new:
             fsync_folder(self.path.parent)
 
@@ -127,6 +131,7 @@ class Journal:
         incidents = []
         try:
             lines = self.path.read_bytes().split(b"\n")
+            self._is_begun = True
         except FileNotFoundError:
             return []
         except OSError as error:

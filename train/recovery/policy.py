@@ -66,8 +66,6 @@ _SKIPPING = frozenset({Rung.SKIP, Rung.SKIP_FURTHER})
 _RULES_THAT_REFUSE = frozenset({Rule.LADDER, Rule.SKIP_STEP})
 # A drift is in the state by the time that it is seen, so the same data would only repeat it.
 _POINTLESS = {VerdictKind.DIVERGENCE: frozenset({Rung.REPLAY})}
-# A state that does not continue the run is replaced by an older one; no data are to blame.
-_ONLY = {VerdictKind.RESUME_DISCONTINUITY: frozenset({Rung.REPLAY})}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,11 +219,11 @@ def _climb(
 ) -> Decision:
     incident, rewinds = _incident(verdict, history.past, budget)
     rungs = [
-        rung
-        for rung in budget.ladder
-        if rung not in _POINTLESS.get(verdict.kind, frozenset())
-        and rung in _ONLY.get(verdict.kind, LADDER_RUNGS)
+        rung for rung in budget.ladder if rung not in _POINTLESS.get(verdict.kind, frozenset())
     ]
+    if verdict.kind is VerdictKind.RESUME_DISCONTINUITY:
+        # First of all an older state, whatever the ladder lists; no data are to blame for it.
+        rungs = [Rung.REPLAY, *(rung for rung in budget.ladder if rung is not Rung.REPLAY)]
     done = [entry.rung for entry in rewinds if entry.rung in rungs]
     left = rungs[len(done) :]
     if _is_new_level(verdict, rewinds) and not _SKIPPING & set(left):

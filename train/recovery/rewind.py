@@ -115,6 +115,7 @@ class Rewinder:
     def note(self, action: Note) -> None:
         """Write down what was borne or observed, once."""
         here = action.detected_step
+        is_veto = action.rung is Rung.VETO
         if action.rung is Rung.VETO and self._history.is_veto_known(action.clock, here):
             return  # a crash has brought the same step again
         if action.is_observed and self._history.is_observed(action.incident):
@@ -137,7 +138,8 @@ class Rewinder:
                 target_step=action.target_step if action.target else here,
                 skip=(0, 0),
                 quarantine=(),
-            )
+            ),
+            is_vital=not is_veto,
         )
 
     def stopped(self, action: Stop, present: TrainState) -> None:
@@ -159,9 +161,10 @@ class Rewinder:
     def skip(self, action: Skip, present: TrainState) -> Incident:
         """Skip the next samples from here on."""
         fresh, _ = self._ledger.take(present.cursor, 1)
-        stop = int(fresh[0]) + action.amount
+        start = int(fresh[0])
+        stop = self._ledger.advance(start, action.amount)
         record = self._single(Rung.SKIP_AHEAD, present, action.reason, request=action.request)
-        record = replace(record, skip=(present.cursor, stop))
+        record = replace(record, skip=(start, stop))
         self._write(record)
         self._ledger.add(record.skip_range)
         return record
@@ -302,8 +305,11 @@ class Rewinder:
             request=request,
         )
 
-    def _write(self, record: Incident) -> None:
+    def _write(self, record: Incident, *, is_vital: bool = True) -> None:
         """Make a record durable, then take it up, on all ranks.
+
+        One that is not vital is taken up in any case: a restart would only count one refused
+        update less.
 
         Raises: JournalError, on all ranks, if it could not be written. What it says was not done,
         or, if it is a `done`, will be finished by the next start.
@@ -315,7 +321,9 @@ class Rewinder:
             except OSError as error:
                 failure = error.strerror or str(error)
         failure = self._world.broadcast(failure)
-        if failure is not None:
+        if failure is not None and not is_vital:
+            logger.warning("%s cannot be written (%s)", self._journal.path, failure)
+        elif failure is not None:
             raise JournalError(
                 f"{self._journal.path} cannot be written ({failure}), so nothing can be decided "
                 f"that a restart would keep to ({record.rung} of incident {record.incident}); make "

@@ -109,6 +109,7 @@ def test_request_is_one_whole_file_that_names_its_operator(
         "to_step": 320,
         "amount": "1B tokens",
         "incident": None,
+        "is_far": False,
         "operator": f"ada@{socket.gethostname()}",
     }
     assert "is not running: it is carried out when the run is started again" in result.output

@@ -215,7 +215,7 @@ def test_missing_key_is_refused(compose_node: ComposeNode) -> None:
         ("recovery.ladder=[jump]", "recovery.ladder.0='jump': should be 'veto', 'replay', "),
         ("recovery.ladder=replay", "recovery.ladder='replay': should be a valid tuple"),
         ("recovery.growth=0.9", "recovery.growth=0.9: should be greater than or equal to 1"),
-        ("recovery.growth=inf", "recovery.growth=inf: should be a finite number"),
+        ("recovery.growth=inf", "recovery.growth=inf: should be less than or equal to 100"),
         ("recovery.cool_factor=1", "recovery.cool_factor=1: should be less than 1"),
         ("recovery.cool_factor=0", "recovery.cool_factor=0: should be greater than 0"),
         ("recovery.cool_steps=0", "recovery.cool_steps=0: should be greater than 0"),

@@ -526,3 +526,24 @@ def test_closing_ends_the_look_and_can_be_done_without_a_start(process: Process)
     other.inbox.close()
     assert other.inbox._thread is not None
     assert not other.inbox._thread.is_alive()
+
+
+def test_rewind_that_would_go_far_back_is_refused_unless_it_may(process: Process) -> None:
+    process.inbox._near_steps = 15
+    process.ask("a", kind="rewind", to_step=59)
+    assert asked(process) is None
+    message = process.answer("a")["message"]
+    assert "the last good state up to step 59 is of step 40, 19 steps before it" in message
+    assert "add --far" in message
+    process.ask("b", kind="rewind", to_step=59, is_far=True)
+    action = asked(process)
+    assert isinstance(action, Rewind) and action.target_step == 40
+
+
+def test_skip_ahead_counts_fresh_samples_alone(process: Process) -> None:
+    process.ledger.add(BatchRange(start=650, stop=700))
+    process.ask("a", kind="skip", amount="2 batches")
+    action = asked(process)
+    assert isinstance(action, Skip)
+    record = process.rewinder.skip(action, at(40))
+    assert record.skip == (640, 640 + action.amount + 50)

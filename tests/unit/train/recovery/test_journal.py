@@ -258,3 +258,12 @@ def test_only_what_goes_back_is_a_rewind() -> None:
 
 def test_time_is_utc() -> None:
     assert now_utc().endswith("+00:00")
+
+
+def test_journal_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    """The folder of a live run was moved: its records would be split over two journals."""
+    journal = journal_of(tmp_path, INTENT)
+    journal.path.rename(tmp_path / "moved.jsonl")
+    with pytest.raises(FileNotFoundError):
+        journal.append(DONE)
+    assert not journal.path.exists()

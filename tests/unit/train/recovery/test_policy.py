@@ -222,7 +222,7 @@ def test_reason_has_no_deviation_where_there_is_none(deviation: float) -> None:
         (VerdictKind.SPIKE, LADDER),
         (VerdictKind.NONFINITE, LADDER),
         (VerdictKind.DIVERGENCE, LADDER[1:]),
-        (VerdictKind.RESUME_DISCONTINUITY, (Rung.REPLAY,)),
+        (VerdictKind.RESUME_DISCONTINUITY, LADDER),
     ],
 )
 def test_rungs_are_tried_in_order_and_those_that_cannot_help_are_left_out(
@@ -628,7 +628,9 @@ def test_any_history_leads_to_a_decision_that_keeps_the_limits(seed: int) -> Non
                 oldest = min(targets, key=lambda target: target.step)
                 assert answer.target == oldest and oldest.step < found.step
             is_listed = rule in (Rule.LADDER, Rule.OBSERVE)
-            own = {*budget.ladder, Rung.ACCEPT} if is_listed else {Rung.SKIP, Rung.REPLAY}
+            own = {*budget.ladder, Rung.ACCEPT} if is_listed else {Rung.SKIP}
+            if found.kind is VerdictKind.RESUME_DISCONTINUITY:
+                own |= {Rung.REPLAY}
             assert answer.rung in own
             assert history.num_rewinds < budget.max_rewinds
             assert answer.skip_factor >= 0.0
@@ -687,3 +689,11 @@ def test_rewinds_of_an_incident_are_bounded_by_the_ladder_whatever_comes(seed: i
         rungs = [entry.rung for entry in past if entry.incident == incident]
         assert len(rungs) <= len(LADDER) + rungs.count(Rung.ACCEPT)
         assert rungs.count(Rung.ACCEPT) <= 1
+
+
+def test_resume_that_went_wrong_is_replaced_whatever_the_ladder_lists() -> None:
+    found = replace(SPIKE, kind=VerdictKind.RESUME_DISCONTINUITY)
+    budget = replace(BUDGET, ladder=(Rung.SKIP,))
+    answer = decide(Rule.LADDER, found, TARGETS, History(), budget)
+    assert isinstance(answer, GoBack)
+    assert answer.rung is Rung.REPLAY and answer.skip_factor == 0.0

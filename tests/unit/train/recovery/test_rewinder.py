@@ -251,7 +251,7 @@ def test_rewind_before_there_were_rungs_is_finished(process: Process, tmp_path: 
     """Its record knows neither its rung nor how many rewinds there were."""
     _, done = process.rewinder.rewind(rewind_to(40), at(61))
     process.journal.path.unlink()
-    process.journal.append(replace(done, phase=Phase.INTENT, rewinds=0, kept=()))
+    Journal(process.journal.path).append(replace(done, phase=Phase.INTENT, rewinds=0, kept=()))
     assert taken_up(Process(tmp_path)).state.cursor == AFTER.cursor
 
 
