@@ -25,10 +25,10 @@ from train.errors import DataError
 from train.recovery import capsule as capsule_module
 from train.recovery.capsule import Capsules, capsule_path, remove_old
 from train.recovery.capsule_json import MAX_BYTES, as_text
-from train.recovery.verdict import Verdict, VerdictKind
 from train.recovery.environment import git_revision, ranks_by_value
 from train.recovery.flight_log import FlightLog
 from train.recovery.journal import Incident, Phase
+from train.recovery.verdict import Verdict, VerdictKind
 from train.signals import StepReport, StepSignals
 from train.state import BatchRange, TrainState
 

@@ -9,7 +9,6 @@ import pytest
 
 from train.callbacks.flight_recorder import FlightRecorder
 from train.events import RunStart
-from train.recovery.verdict import Verdict, VerdictKind
 from train.recovery.flight_log import NUM_STEPS_KEPT, FlightLog
 from train.recovery.suspects import (
     NUM_SUSPECTS,
@@ -20,6 +19,7 @@ from train.recovery.suspects import (
     pair,
     worst_samples,
 )
+from train.recovery.verdict import Verdict, VerdictKind
 from train.signals import StepReport, StepSignals
 from train.state import TrainState
 

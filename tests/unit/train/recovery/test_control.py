@@ -529,15 +529,15 @@ def test_closing_ends_the_look_and_can_be_done_without_a_start(process: Process)
 
 
 def test_rewind_that_would_go_far_back_is_refused_unless_it_may(process: Process) -> None:
-    process.inbox._near_steps = 15
+    process.inbox._near_steps = 8
     process.ask("a", kind="rewind", to_step=59)
     assert asked(process) is None
     message = process.answer("a")["message"]
-    assert "the last good state up to step 59 is of step 40, 19 steps before it" in message
+    assert "the last good state up to step 59 is of step 50, 9 steps before it" in message
     assert "add --far" in message
     process.ask("b", kind="rewind", to_step=59, is_far=True)
     action = asked(process)
-    assert isinstance(action, Rewind) and action.target_step == 40
+    assert isinstance(action, Rewind) and action.target_step == 50
 
 
 def test_skip_ahead_counts_fresh_samples_alone(process: Process) -> None:
