@@ -44,7 +44,7 @@ def command(shape: str, num_ranks: int, folder: Path, *overrides: str) -> list[s
         *("data.sequence_length=64", f"schedule.batch_samples={num_ranks}"),
         *("schedule.batch_ramp_steps=0", "optim.lr=1e-5", "schedule.warmup_steps=2"),
         *("recovery=ladder", "recovery.veto=nonfinite", "recovery.threshold_sigma=1000"),
-        *("checkpoint.interval_steps=6", "checkpoint.good_after_steps=2", "checkpoint.keep_good=2"),
+        *("checkpoint.interval_steps=4", "checkpoint.good_after_steps=2", "checkpoint.keep_good=2"),
         "checkpoint.save_at_end=false",
         f"engine={'single' if num_ranks == 1 else 'fsdp'}",
         *overrides,
@@ -121,11 +121,11 @@ def measure_rewind(shape: str, num_ranks: int, folder: Path, *overrides: str) ->
     """Return the seconds from the decision to ready, and to the end of the next update."""
     job = Job(command(shape, num_ranks, folder, *overrides), folder)
     try:
-        job.wait_for(lambda r: r["step"] >= 16, "metrics.jsonl")
-        ask_for_rewind(folder, 12)
+        job.wait_for(lambda r: r["step"] >= 11, "metrics.jsonl")
+        ask_for_rewind(folder, 8)
         event = job.wait_for(lambda r: r["kind"] == "rewind", "events.jsonl")
         first = job.wait_for(lambda r: r["clock"] > event["from_clock"], "metrics.jsonl")
-        job.wait_for(lambda r: r["clock"] > event["from_clock"] + 4, "metrics.jsonl")
+        job.wait_for(lambda r: r["clock"] > event["from_clock"] + 2, "metrics.jsonl")
     finally:
         job.kill()
     steps = [r["step_seconds"] for r in records(folder / "metrics.jsonl") if r["step"] > 4]
@@ -143,7 +143,7 @@ def measure_restart(shape: str, num_ranks: int, folder: Path) -> float:
     """Return the seconds from a kill to the end of the first update of the restarted job."""
     arguments = command(shape, num_ranks, folder, "checkpoint.keep_snapshots=0")
     job = Job(arguments, folder)
-    job.wait_for(lambda r: r["step"] >= 14, "metrics.jsonl")
+    job.wait_for(lambda r: r["step"] >= 9, "metrics.jsonl")
     killed = job.kill()
     again = Job(arguments, folder)
     try:
