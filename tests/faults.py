@@ -230,15 +230,15 @@ def _at_record(moment: str, is_it: Callable[[Any], bool]) -> Callable[[Fault], N
         from train.recovery.journal import Journal
         from train.recovery.rewind import Rewinder
 
-        def write(original: Any, self: Any, record: Any) -> None:
+        def write(original: Any, self: Any, record: Any, **keywords: Any) -> None:
             if not (is_it(record) and _is_meant(record, fault)):
-                original(self, record)
+                original(self, record, **keywords)
                 return
             if moment == "before":
                 _die()
             path = getattr(self, "path", None)
             size = path.stat().st_size if path is not None and path.exists() else 0
-            original(self, record)
+            original(self, record, **keywords)
             if moment == "torn":
                 os.truncate(path, size + (path.stat().st_size - size) // 2)
             _die()

@@ -15,7 +15,7 @@ HEALTH = "health.json"
 STATE = "state.json"
 
 
-# Threads that write, digest and verify a rank's files; more of them would starve training hosts.
+# Threads that digest and verify a rank's files; more of them would starve training hosts.
 NUM_FILE_THREADS = 2
 
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.checkpoint.info import NUM_FILE_THREADS
 from train.distributed import World
 from train.engines.optimizer import MOMENTS
 from train.engines.rank_signals import SampleLosses, own_signals
@@ -228,10 +227,8 @@ class TorchEngine:
         from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
-        # Several files a rank, so that several threads can write them, and digest them later.
-        writer = FileSystemWriter(
-            folder, single_file_per_rank=True, sync_files=False, thread_count=NUM_FILE_THREADS
-        )
+        # One thread: torch 2.13 loses the exceptions of further ones, and with them a full disk.
+        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
         with _quiet(), _catchable():
             save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
 
