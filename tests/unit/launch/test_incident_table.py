@@ -90,7 +90,8 @@ def test_each_attempt_is_a_row_with_its_state(run: Path) -> None:
     assert states[:7] == ["done", "put back", "done", "stopped", "done", "observed", "cut short"]
 
 
-def test_table_fits_into_a_hundred_columns(run: Path) -> None:
+def test_table_fits_into_a_hundred_columns(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
     assert max(map(len, _incidents(run, "--all").splitlines())) <= 100
 
 
