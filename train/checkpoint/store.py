@@ -211,11 +211,13 @@ class CheckpointStore:
                 "that wrote it"
             )
         mine: dict[str, Any] = {}
+        state_text = b""
         problem: str | None = None
         try:
             files = json.loads((info.path / MANIFEST).read_text())["files"]
             mine = {n: files[n] for n in sorted(files)[self._world.rank :: self._world.size]}
             verify_sizes(info.path, mine)
+            state_text = (info.path / STATE).read_bytes()  # a rank that cannot says so to all
         except CorruptCheckpointError as error:
             problem = str(error)
         except (OSError, ValueError, KeyError) as error:
@@ -236,7 +238,7 @@ class CheckpointStore:
         self._agree_it_is_whole(_problem_of(digests))
         if failure is not None:
             raise failure
-        state: dict[str, Any] = json.loads((info.path / STATE).read_text())
+        state: dict[str, Any] = json.loads(state_text)
         return state
 
     def _agree_it_is_whole(self, problem: str | None) -> None:
