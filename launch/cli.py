@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.errors import LaunchError
+from launch.prepare import prepare
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,6 +43,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
     )
     app.callback()(_options)
+    app.command("prepare")(prepare)
     app.command("launch")(launch)
     app.command("explain")(explain)
     app.command("report")(report)

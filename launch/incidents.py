@@ -15,11 +15,15 @@ from launch.errors import LaunchError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IncidentList:
-    """The attempts by incident, the refused updates, and how many torn lines were left out."""
+    """The attempts by incident, the refused updates, and how many torn lines were left out.
+
+    `notices`: what the starts found beside them (bad shards, changed settings), a line each.
+    """
 
     rows: Sequence[Mapping[str, object]]
     vetoes: Sequence[Mapping[str, object]]
     num_skipped_lines: int
+    notices: Sequence[str] = ()
 
 
 def read_incidents(run_folder: Path) -> IncidentList:
@@ -31,7 +35,7 @@ def read_incidents(run_folder: Path) -> IncidentList:
     Raises:
         LaunchError: a file is there and cannot be read, or the folder is no run's.
     """
-    from monitoring.incidents import collect_incidents, collect_vetoes
+    from monitoring.incidents import collect_incidents, collect_notices, collect_vetoes, in_words
     from monitoring.records import (
         EVENTS_FILE,
         JOURNAL_FILE,
@@ -65,8 +69,19 @@ def read_incidents(run_folder: Path) -> IncidentList:
         for row in collect_incidents(run)
     ]
     return IncidentList(
-        rows=rows, vetoes=collect_vetoes(run), num_skipped_lines=journal.num_skipped
+        rows=rows,
+        vetoes=collect_vetoes(run),
+        num_skipped_lines=journal.num_skipped,
+        notices=[
+            f"{in_words(found.kind)}{_at(found.step)}: {line}"
+            for found in collect_notices(run)
+            for line in found.lines
+        ],
     )
+
+
+def _at(step: int | None) -> str:
+    return "" if step is None else f" at step {step}"
 
 
 def _product(count: object, length: int | None) -> int | None:

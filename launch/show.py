@@ -50,6 +50,7 @@ def show_incidents(found: IncidentList, *, width: int, has_all: bool = False) ->
     parts = [_table(rows, width)] if rows else ["no incidents"]
     if found.vetoes and not has_all:
         parts.append(_sum_of_vetoes(found.vetoes, width))
+    parts += [_one_line(notice) for notice in found.notices]
     if found.num_skipped_lines:
         parts.append(f"{found.num_skipped_lines} torn line(s) in the journal left out")
     return "\n".join(parts)
@@ -136,7 +137,12 @@ def _reason(row: Mapping[str, object]) -> str:
         reason += f"; samples [{skip[0]}, {skip[1]}) skipped"
     if back:
         reason += f"; samples [{back[1]}, {back[2]}) come again at {back[0]}"
-    words = " ".join(reason.removeprefix("; ").split())
+    return _one_line(reason.removeprefix("; "))
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and what a terminal would take for a command."""
+    words = " ".join(text.split())
     return "".join(letter for letter in words if letter.isprintable())
 
 

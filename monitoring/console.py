@@ -213,7 +213,8 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     for key, label, form in formats:
         value = number(summary, key)
         if value is not None:
-            rows.append((label, form.format(value)))
+            detail = _by_source(summary) if key == "validation_loss_nats" else ""
+            rows.append((label, form.format(value) + detail))
         elif isinstance(summary.get(key), float):
             rows.append((label, "not finite"))
     wall_seconds = number(summary, "wall_seconds")
@@ -226,6 +227,18 @@ def _summary_rows(summary: Mapping[str, object]) -> list[tuple[str, str]]:
     if summary.get("report"):
         rows.append(("report", str(summary["report"])))
     return rows
+
+
+def _by_source(summary: Mapping[str, object]) -> str:
+    """` (web 3.1000, code 3.4000)`, or nothing if there is one source."""
+    losses = summary.get("validation_by_source")
+    if not isinstance(losses, Mapping) or len(losses) < 2:
+        return ""
+    known = {name: number(losses, name) for name in losses}
+    parts = [
+        f"{name} {'not finite' if loss is None else f'{loss:.4f}'}" for name, loss in known.items()
+    ]
+    return f" ({', '.join(parts)})"
 
 
 def _incident_cells(incident: Record) -> list[str]:

@@ -10,11 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from monitoring.evaluations import (
+    EvaluationPoint,
+    Loss,
+    losses_of,
+    overall_losses,
+    read_evaluations,
+    source_names,
+)
 from monitoring.incidents import SPIKE_VERDICTS
 from monitoring.marks import (
     Trace,
     incident_traces,
     markers,
+    plain_hover,
     restart_marks,
     rewind_marks,
     shade,
@@ -36,6 +45,7 @@ _PANELS: Sequence[tuple[str, str, float, float]] = (
 _CLIP_FACTOR = 3.0
 _LOG_RATIO = 3.0
 _MAX_DOTTED_POINTS = 60
+_SOURCE_COLORS = tuple(f"@source{number}" for number in range(1, 7))
 
 
 def build_figure(run: RunRecords, incidents: Sequence[Record]) -> dict[str, object]:
@@ -46,12 +56,13 @@ def build_figure(run: RunRecords, incidents: Sequence[Record]) -> dict[str, obje
     curve = run.curve
     lives = survivors(curve, run.events)
     losses = [number(record, "loss_nats") for record in curve]
-    axis = _LossAxis(curve, lives)
+    evaluations = read_evaluations(run.events)
+    axis = _LossAxis(curve, lives, evaluations)
     chosen = decimate(losses, MAX_POINTS)
     picked = [curve[index] for index in chosen]
     traces = [
         *_loss_traces(picked, [lives[index] for index in chosen]),
-        *_evaluation_traces(run, axis),
+        *_evaluation_traces(evaluations, axis),
         *_spike_traces(curve, axis),
         *incident_traces(incidents, axis.floor),
         *_series(curve, "grad_norm", "y2", "gradient norm", "@second"),
@@ -93,9 +104,19 @@ def decimate(values: Sequence[float | None], limit: int) -> list[int]:
 class _LossAxis:
     """The loss axis: logarithmic where the loss spans a wide range, clipped above a spike."""
 
-    def __init__(self, curve: Sequence[Record], lives: Sequence[bool]) -> None:
-        calm: list[float] = []
-        values: list[float] = []
+    def __init__(
+        self,
+        curve: Sequence[Record],
+        lives: Sequence[bool],
+        evaluations: Sequence[EvaluationPoint],
+    ) -> None:
+        calm = [
+            loss
+            for point in evaluations
+            for loss in (point.by_source or {"": point.loss_nats}).values()
+            if loss is not None and point.is_kept
+        ]
+        values = list(calm)
         for record, is_alive in zip(curve, lives, strict=True):
             loss = number(record, "loss_nats")
             if loss is None:
@@ -123,16 +144,25 @@ class _LossAxis:
         return self.top if loss is None else min(loss, self.top)
 
 
+def _kept_and_lost(
+    losses: Sequence[float | None], lives: Sequence[bool]
+) -> tuple[list[float | None], list[float | None]]:
+    """Split a line in two, each with gaps where the other is.
+
+    A thrown-away piece also gets the point before it, so that it leaves the line without a gap.
+    """
+    kept = [loss if alive else None for loss, alive in zip(losses, lives, strict=True)]
+    touches = [not alive for alive in lives]
+    joined = [touch or touches[index + 1] for index, touch in enumerate(touches[:-1])]
+    joined += touches[-1:]
+    return kept, [loss if touch else None for loss, touch in zip(losses, joined, strict=True)]
+
+
 def _loss_traces(records: Sequence[Record], lives: Sequence[bool]) -> list[Trace]:
     clocks = [integer(record, "clock") for record in records]
     losses = [_rounded_or_none(number(record, "loss_nats")) for record in records]
     steps = [integer(record, "step") for record in records]
-    kept = [loss if alive else None for loss, alive in zip(losses, lives, strict=True)]
-    # A thrown-away piece also gets the point before it, so that it leaves the curve without a gap.
-    touches = [not alive for alive in lives]
-    joined = [touch or touches[index + 1] for index, touch in enumerate(touches[:-1])]
-    joined += touches[-1:]
-    lost = [loss if touch else None for loss, touch in zip(losses, joined, strict=True)]
+    kept, lost = _kept_and_lost(losses, lives)
     common: Trace = {
         "x": clocks,
         "customdata": steps,
@@ -143,22 +173,64 @@ def _loss_traces(records: Sequence[Record], lives: Sequence[bool]) -> list[Trace
     traces: list[Trace] = [
         {**common, "name": "loss", "y": kept, "line": {"color": "@accent", "width": 1.6}}
     ]
-    if any(touches):
+    if not all(lives):
         line = {"color": "@lost", "width": 1.3}
         traces.insert(0, {**common, "name": "thrown away", "y": lost, "line": line})
     return traces
 
 
-def _evaluation_traces(run: RunRecords, axis: _LossAxis) -> list[Trace]:
-    found = [
-        (integer(event, "clock"), axis.clip(loss))
-        for event in run.events
-        if event.get("kind") == "evaluation" and (loss := number(event, "loss_nats")) is not None
-    ]
-    if not found:
+def _evaluation_traces(points: Sequence[EvaluationPoint], axis: _LossAxis) -> list[Trace]:
+    """One line a source, or one of the losses over all where there is one source, or none named."""
+    names = source_names(points)
+    if len(names) < 2:
+        return _evaluation_line("validation loss", overall_losses(points), "@good", axis)
+    # A run may go on that was begun before its evaluations told sources apart.
+    unnamed = [point for point in points if not point.by_source]
+    traces = _evaluation_line("validation loss", overall_losses(unnamed), "@muted", axis)
+    for order, name in enumerate(names):
+        rounds, place = divmod(order, len(_SOURCE_COLORS))
+        label, losses = f"{plain_hover(name)} (validation)", losses_of(points, name)
+        line = _evaluation_line(label, losses, _SOURCE_COLORS[place], axis, is_dotted=rounds > 0)
+        traces += line
+    return traces
+
+
+def _evaluation_line(
+    name: str,
+    losses: Sequence[Loss],
+    color: str,
+    axis: _LossAxis,
+    *,
+    is_dotted: bool = False,
+) -> list[Trace]:
+    """Points joined by a thin line, and in a second trace those that a rewind threw away."""
+    if all(loss is None for _, loss in losses):
         return []
-    marker = {"color": "@panel", "size": 8, "line": {"color": "@good", "width": 2}}
-    return [markers("validation loss", "y", found, marker, "%{y:.4f}")]
+    chosen = decimate([loss for _, loss in losses], MAX_POINTS)
+    picked = [losses[index] for index in chosen]
+    drawn = [None if loss is None else _rounded(axis.clip(loss)) for _, loss in picked]
+    lives = [point.is_kept for point, _ in picked]
+    kept, lost = _kept_and_lost(drawn, lives)
+    size = 6 if len(picked) <= _MAX_DOTTED_POINTS else 3
+    common: Trace = {
+        "x": [point.clock for point, _ in picked],
+        "customdata": [[_rounded_or_none(loss), point.step] for point, loss in picked],
+        "yaxis": "y",
+        "name": name,
+        "mode": "lines+markers",
+        "hovertemplate": "%{customdata[0]:.4f} at step %{customdata[1]}",
+    }
+    line = {"color": color, "width": 1, "dash": "dot" if is_dotted else "solid"}
+    marker = {"color": "@panel", "size": size, "line": {"color": color, "width": 1.5}}
+    traces: list[Trace] = [{**common, "y": kept, "line": line, "marker": marker}]
+    if not all(lives):
+        # The point that a thrown-away piece leaves from belongs to the line that stayed.
+        sizes = [0 if alive else size for alive in lives]
+        faded = {"color": "@panel", "size": sizes, "line": {"color": "@lost", "width": 1.5}}
+        thin = {"color": "@lost", "width": 1}
+        lost_trace: Trace = {"y": lost, "line": thin, "marker": faded, "showlegend": False}
+        traces.insert(0, common | lost_trace | {"name": f"{name}, thrown away"})
+    return traces
 
 
 def _spike_traces(curve: Sequence[Record], axis: _LossAxis) -> list[Trace]:

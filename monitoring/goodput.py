@@ -36,8 +36,9 @@ class Goodput:
     `startup`: from process start to the first step of each attempt. `training`: applied steps that
     are part of the final model. `recomputed`: steps that were vetoed, thrown away by a rewind, or
     executed again after a crash. `data_wait`: waiting for batches, in any step. `checkpoint`,
-    `rewind` and `evaluation`: what the loop stood still for. `restart`: from the last sign of life
-    of an attempt to the next process start. `other`: the remainder.
+    `rewind` and `evaluation`: what the loop stood still for; on a GPU an evaluation begins with
+    what is left of the step under way. `restart`: from the last sign of life of an attempt to the
+    next process start. `other`: the remainder.
     """
 
     startup: float = 0.0

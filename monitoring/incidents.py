@@ -1,13 +1,14 @@
 """The incidents of a run as one row an attempt, joined from the recovery journal and the timeline.
 
-Owns the join and the sentence that sums a run up. Refuses to decide anything about recovery. Called
-by the console's summary, the report and the CLI.
+Owns the join, what the starts found beside them, and the sentence that sums a run up. Refuses to
+decide anything about recovery. Called by the console's summary, the report and the CLI.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from monitoring.goodput import Goodput
 from monitoring.records import Record, RunRecords, integer, number, sample_range
@@ -15,10 +16,26 @@ from monitoring.records import Record, RunRecords, integer, number, sample_range
 SPIKE_VERDICTS = frozenset({"spike", "divergence", "nonfinite", "resume_discontinuity"})
 """What needs more than the refusal of one update; a level shift is accepted, so it is none."""
 
+BAD_SHARDS = "bad_shards"
+NOTICE_KINDS = (BAD_SHARDS, "settings_changed")
 VETO = "veto"
 _STOP = "stop"
 
 Row = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """What a start of the run found that is no incident, a line each.
+
+    Files of tokens that cannot be used, whose samples are skipped; settings that are no longer
+    those of the folder.
+    """
+
+    kind: str
+    lines: tuple[str, ...]
+    step: int | None = None
+    unix_seconds: float | None = None
 
 
 def collect_incidents(run: RunRecords) -> list[Record]:
@@ -46,6 +63,23 @@ def collect_incidents(run: RunRecords) -> list[Record]:
 def collect_vetoes(run: RunRecords) -> list[Record]:
     """The updates that were refused and written down, in the journal's order."""
     return [entry for entry in run.journal if entry.get("rung") == VETO]
+
+
+def collect_notices(run: RunRecords) -> list[Notice]:
+    """What the starts of a run found, in order; files still unusable at a restart are told once."""
+    bad_shards: tuple[str, ...] = ()
+    notices: list[Notice] = []
+    for event in run.events:
+        kind, lines = str(event.get("kind")), event.get("lines")
+        if kind not in NOTICE_KINDS or not isinstance(lines, list) or not lines:
+            continue
+        texts = tuple(str(line) for line in lines)
+        if kind == BAD_SHARDS:
+            texts, bad_shards = tuple(text for text in texts if text not in bad_shards), texts
+        if texts:
+            step, time = integer(event, "step"), number(event, "time")
+            notices.append(Notice(kind=kind, lines=texts, step=step, unix_seconds=time))
+    return notices
 
 
 def returned_samples(row: Record) -> tuple[int, int, int] | None:
@@ -99,6 +133,12 @@ def sum_up(run: RunRecords, incidents: Sequence[Record], goodput: Goodput) -> st
         steps = (integer(curve[-1], "step") if curve else None) or 0
     starts = [event for event in run.events if event.get("kind") == "run_start"]
     num_observed = sum(row.get("state") == "observed" for row in incidents)
+    bad_shards = {
+        line
+        for notice in collect_notices(run)
+        if notice.kind == BAD_SHARDS
+        for line in notice.lines
+    }
     num_refused = integer(run.summary, "num_vetoed")
     if num_refused is None:
         num_refused = sum(record.get("update") == "vetoed" for record in curve)
@@ -109,6 +149,7 @@ def sum_up(run: RunRecords, incidents: Sequence[Record], goodput: Goodput) -> st
         plural(len({integer(start, "attempt") or 0 for start in starts}) - 1, "restart"),
         _skipped(run, incidents),
         f"{plural(num_refused, 'update')} refused",
+        f"{plural(len(bad_shards), 'bad shard')}",
     ]
     happened = ", ".join(part for part in parts if part[0] not in "0-") or "no incidents"
     opening = f"{_ending(run)} {plural(steps, 'step')}"

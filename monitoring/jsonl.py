@@ -1,7 +1,7 @@
 """The tracker that writes `metrics.jsonl` in the run folder: the source of every report.
 
-Owns one line a step. Refuses events: the training loop writes `events.jsonl` itself. Called on
-rank 0 through the reporting callback.
+Owns one line a step. Refuses events and evaluations: the training loop writes `events.jsonl`
+itself. Called on rank 0 through the reporting callback.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ from monitoring.trackers import MetricValue
 
 
 class JsonlTracker:
-    """Appends each step's metrics to `<folder>/metrics.jsonl`; non-finite numbers become null."""
+    """Appends each step's metrics to `<folder>/metrics.jsonl`; non-finite numbers become null.
+
+    What has no `step` is left out. Held-out losses come between the steps, at the clock of one, and
+    readers take each line for a step, the last of a clock winning: such a line would hide the
+    step's own. Nothing is lost, as `events.jsonl` has the evaluations.
+    """
 
     def __init__(self) -> None:
         self._writer: JsonLinesWriter | None = None
@@ -24,10 +29,11 @@ class JsonlTracker:
         self._writer = JsonLinesWriter(folder / METRICS_FILE)
 
     def log(self, metrics: Mapping[str, MetricValue], clock: int) -> None:
-        """Write one line: the clock, then the metrics."""
+        """Write one line, the metrics of a step and their clock; other metrics are left out."""
         if self._writer is None:
             raise RuntimeError("metrics.jsonl is not open; start() failed or was not called")
-        self._writer.write({**metrics, "clock": clock})
+        if "step" in metrics:
+            self._writer.write({**metrics, "clock": clock})
 
     def event(self, kind: str, message: str, clock: int) -> None:
         """Nothing: events have their own file and writer."""

@@ -123,6 +123,11 @@ def markers(
     }
 
 
+def plain_hover(text: str) -> str:
+    """The text with plotly's own small HTML, of names and hover texts, made harmless."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
 def _kind(row: Record) -> str:
     if row.get("state") == "observed":
         return "observed"
@@ -157,7 +162,4 @@ def _first(*values: int | None) -> int | None:
 
 
 def _hover(row: Record) -> str:
-    reason = str(row.get("reason") or "")
-    # plotly reads a small HTML of its own in hover texts.
-    plain = reason.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return f"{_name(row)}: {plain[:160]}"
+    return f"{_name(row)}: {plain_hover(str(row.get('reason') or ''))[:160]}"

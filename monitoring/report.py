@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
 from monitoring.atomic import write_text_atomically
 from monitoring.comparison import Curve, write_comparison
+from monitoring.evaluations import (
+    EvaluationPoint,
+    losses_of,
+    overall_losses,
+    read_evaluations,
+    source_names,
+)
 from monitoring.figure import build_figure
 from monitoring.goodput import Goodput, compute_goodput
 from monitoring.incidents import (
+    Notice,
     collect_incidents,
+    collect_notices,
     in_words,
     returned_samples,
     short_count,
@@ -63,17 +72,21 @@ def page_content(run: RunRecords) -> dict[str, object]:
     """Everything the template shows, as plain values."""
     incidents = collect_incidents(run)
     goodput = compute_goodput(run.metrics, run.events)
+    evaluations = [point for point in read_evaluations(run.events) if point.is_kept]
     return {
         "name": run.name,
         "run_id": run.run_id,
         "created_utc": run.created_utc[:19].replace("T", " "),
         "verdict": sum_up(run, incidents, goodput),
-        "facts": _facts(run, goodput),
+        "facts": _facts(run, goodput, evaluations),
         "figure": build_figure(run, incidents),
         "has_metrics": bool(run.metrics),
+        "validation": _validation_rows(evaluations),
         "incidents": _incident_rows(incidents),
+        "notices": _notice_rows(collect_notices(run)),
         "goodput_rows": _goodput_rows(goodput),
         "wall": duration(goodput.wall_seconds),
+        "data": _data_rows(run),
         "checkpoints": _checkpoint_rows(run),
         "config_yaml": run.config_yaml,
         "num_skipped_lines": run.num_skipped_lines,
@@ -92,7 +105,9 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
-def _facts(run: RunRecords, goodput: Goodput) -> list[tuple[str, str]]:
+def _facts(
+    run: RunRecords, goodput: Goodput, evaluations: Sequence[EvaluationPoint]
+) -> list[tuple[str, str]]:
     curve = run.curve
     last: Record = curve[-1] if curve else {}
     losses = [loss for record in curve if (loss := number(record, "loss_nats")) is not None]
@@ -105,6 +120,8 @@ def _facts(run: RunRecords, goodput: Goodput) -> list[tuple[str, str]]:
         speeds = sorted(filter(None, (number(record, "tokens_per_second") for record in curve)))
         speed = speeds[len(speeds) // 2] if speeds else None
     validation_loss = number(run.summary, "validation_loss_nats")
+    if not run.summary and evaluations:
+        validation_loss = evaluations[-1].loss_nats
     vetoed = sum(record.get("update") == "vetoed" for record in curve)
     facts = [
         ("final loss", "\u2013" if final_loss is None else f"{final_loss:.4f}"),
@@ -120,6 +137,57 @@ def _facts(run: RunRecords, goodput: Goodput) -> list[tuple[str, str]]:
 
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
+
+
+def _validation_rows(points: Sequence[EvaluationPoint]) -> list[Mapping[str, object]]:
+    """First, best and last of each source, and of all together where there are several."""
+    names = source_names(points)
+    lines = [(name, losses_of(points, name)) for name in names]
+    if len(names) != 1 and points:
+        lines.append(("all sources", overall_losses(points)))
+    rows: list[Mapping[str, object]] = []
+    for name, losses in lines:
+        known = [(loss, point.step) for point, loss in losses if loss is not None]
+        (first, first_loss), (last, last_loss) = losses[0], losses[-1]
+        best_loss, best_step = min(known, default=(None, None))
+        cells = ((first_loss, first.step), (best_loss, best_step), (last_loss, last.step))
+        rows.append({"name": name, "cells": [(_loss(loss), _text(step)) for loss, step in cells]})
+    return rows
+
+
+def _loss(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"
+
+
+def _notice_rows(notices: Sequence[Notice]) -> list[Mapping[str, object]]:
+    return [
+        {
+            "kind": in_words(notice.kind),
+            "css": notice.kind,
+            "step": _text(notice.step),
+            "time": _utc(notice.unix_seconds),
+            "lines": notice.lines,
+        }
+        for notice in notices
+    ]
+
+
+def _data_rows(run: RunRecords) -> list[Mapping[str, object]]:
+    """The sources as the last process to say so began with them."""
+    told = [data for event in run.events if isinstance(data := event.get("data"), Mapping)]
+    sources = told[-1] if told else {}
+    rows: list[Mapping[str, object]] = []
+    for name, source in sources.items():
+        known: Record = source if isinstance(source, Mapping) else {}
+        share = number(known, "share")
+        rows.append(
+            {
+                "name": name,
+                "tokens": _text(integer(known, "tokens")),
+                "share": "\u2013" if share is None else f"{share:.1%}",
+            }
+        )
+    return rows
 
 
 def _incident_rows(incidents: list[Record]) -> list[Mapping[str, object]]:

@@ -70,7 +70,7 @@ class SwanLabTracker:
         self._is_started = True
 
     def log(self, metrics: Mapping[str, MetricValue], clock: int) -> None:
-        """Log the numbers of one step at `step=clock`."""
+        """Log the numbers at `step=clock`; SwanLab keeps a step's values key by key."""
         import swanlab
 
         self._require_started()

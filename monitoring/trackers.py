@@ -32,7 +32,11 @@ class Tracker(Protocol):
         """Open the run; called once a process, again with the same `run_id` after a restart."""
 
     def log(self, metrics: Mapping[str, MetricValue], clock: int) -> None:
-        """Record one step's metrics at a clock that never decreases."""
+        """Record metrics at a clock that never decreases within a process.
+
+        A clock may come twice with other keys: a step's metrics, which have a `step`, and the
+        held-out losses of the same state, without, in either order.
+        """
 
     def event(self, kind: str, message: str, clock: int) -> None:
         """Record something that happened: a rewind, a failed checkpoint, a stop."""
@@ -110,7 +114,7 @@ class GuardedTracker:
         self._guard("start", lambda: self._tracker.start(config, name, run_id, folder))
 
     def log(self, metrics: Mapping[str, MetricValue], clock: int) -> None:
-        """Log one step."""
+        """Log metrics."""
         self._guard("log", lambda: self._tracker.log(metrics, clock))
 
     def event(self, kind: str, message: str, clock: int) -> None:

@@ -56,7 +56,7 @@ class WandbTracker:
         self._run.define_metric("*", step_metric="clock")
 
     def log(self, metrics: Mapping[str, MetricValue], clock: int) -> None:
-        """Log the numbers of one step at `step=clock`."""
+        """Log the numbers at `step=clock`; W&B merges what comes before the next step."""
         self._open_run().log({**numeric(metrics), "clock": clock}, step=clock)
 
     def event(self, kind: str, message: str, clock: int) -> None:

@@ -23,6 +23,7 @@ from train.checkpoint.tiers import Tiers
 from train.data.ledger import SkipLedger
 from train.data.sequence import Returns
 from train.data.stream import SampleStream
+from train.data.validation import Validation
 from train.distributed import World
 from train.engines.snapshot import HostSnapshot, SnapshotCopier
 from train.events import Callback, Events
@@ -80,7 +81,7 @@ class NumberEngine:
     def recent_sample_losses(self) -> list[list[float]]:
         return []
 
-    def evaluate(self, rows: object) -> float:
+    def evaluate(self, rows: object, layout: object = None) -> float:
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -102,14 +103,32 @@ class NumberEngine:
 
 
 class EmptySource:
-    """Samples of zeros; remembers which were asked for, in order."""
+    """Samples of zeros; remembers which batches were planned of, in order."""
+
+    sample_tokens = SEQUENCE_LENGTH + 1
+    dtype = np.dtype(np.uint16)
 
     def __init__(self) -> None:
         self.taken: list[int] = []
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
+    def read(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.integer]) -> None:
+        out[:] = 0
+
+    def announce(self, indices: npt.NDArray[np.int64]) -> None:
+        pass
+
+    def layout(self, indices: npt.NDArray[np.int64]) -> None:
+        return None
+
+    def num_predictions(self, indices: npt.NDArray[np.int64]) -> int:
         self.taken += indices.tolist()
-        return np.zeros((len(indices), SEQUENCE_LENGTH + 1), dtype=np.uint16)
+        return len(indices) * SEQUENCE_LENGTH
+
+    def given_before(self, index: int) -> dict[str, int]:
+        return {}
+
+    def bad(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(indices), dtype=np.bool_)
 
     def origins(self, index: int) -> Any:
         raise NotImplementedError
@@ -157,6 +176,13 @@ class Process:
         self.counter = Counter()
         self.world = world
         self.ledger, self.returns = SkipLedger(), Returns()
+        self.stream = SampleStream(
+            self.source,
+            self.ledger,
+            rank=world.rank,
+            num_ranks=world.size,
+            returns=self.returns,
+        )
         self.history = RecoveryHistory()
         self.evidence = Evidence(self.engine)
         self.events = Events([self.counter, *callbacks], is_main=world.is_main)
@@ -175,8 +201,7 @@ class Process:
             tiers=self.tiers,
             journal=self.journal,
             history=self.history,
-            ledger=self.ledger,
-            returns=self.returns,
+            data=self.stream,
             engine=self.engine,
             events=self.events,
             world=world,
@@ -221,13 +246,8 @@ class Process:
         """Return what `train.loop.train` takes."""
         return Run(
             engine=self.engine,
-            data=SampleStream(
-                self.source,
-                self.ledger,
-                rank=self.world.rank,
-                num_ranks=self.world.size,
-                returns=self.returns,
-            ),
+            data=self.stream,
+            validation=Validation({}, interval_steps=None),
             schedule=self.schedule,
             events=self.events,
             tiers=self.tiers,

@@ -50,6 +50,7 @@ class Fault:
 
 def install(fault: Fault, disk: Path) -> None:
     """Patch the product in this process; `disk` is what can be full."""
+    import train.assembly
     import train.build
     import train.recovery.control
 
@@ -62,8 +63,8 @@ def install(fault: Fault, disk: Path) -> None:
     if fault.full_in_rewind is not None and _rank() == 0:
         _fill_disk_in_a_rewind(disk / "ballast", fault.full_in_rewind)
     if fault.never_sees:
-        ledger = train.build.SkipLedger
-        train.build.SkipLedger = partial(ledger, fault.never_sees)  # type: ignore[assignment, misc]
+        ledger = train.assembly.SkipLedger
+        train.assembly.SkipLedger = partial(ledger, fault.never_sees)  # type: ignore[assignment, misc]
     if fault.cooled is not None:
         _cool(fault.cooled)
     if fault.is_resume_corrupt:
@@ -96,6 +97,7 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 def _log_samples(fault: Fault) -> None:
     from train.checkpoint.snapshots import SnapshotRing
     from train.checkpoint.store import CheckpointStore
+    from train.data.read_ahead import ReadAhead
     from train.data.stream import SampleStream
     from train.recovery.rewind import Rewinder
 
@@ -127,6 +129,7 @@ def _log_samples(fault: Fault) -> None:
 
     note({"kind": "start"})
     _wrap(SampleStream, "at", at)
+    _wrap(ReadAhead, "at", at)
     _wrap(SnapshotRing, "restore", restore)
     _wrap(CheckpointStore, "load", load)
     _wrap(Rewinder, "_finish", finish)
@@ -139,6 +142,7 @@ def _fill(ballast: Path) -> None:
 
 
 def _fill_disk(ballast: Path, batches: range) -> None:
+    from train.data.read_ahead import ReadAhead
     from train.data.stream import SampleStream
 
     batch = 0
@@ -154,6 +158,7 @@ def _fill_disk(ballast: Path, batches: range) -> None:
         return original(*arguments)
 
     _wrap(SampleStream, "at", at)
+    _wrap(ReadAhead, "at", at)
 
 
 def _fill_disk_in_a_rewind(ballast: Path, moment: str) -> None:
@@ -187,19 +192,19 @@ def _cool(cooled: tuple[float, int, int, int]) -> None:
 
 
 def _poison(samples: range) -> None:
-    import train.build
-    from train.data.stream import PoisonedSource
+    import train.assembly
+    from train.data.spoiled import PoisonedSource
 
-    def source(original: Any, config: Any, store: Any, *rest: Any) -> Any:
+    def source(original: Any, plain: Any, config: Any, vocab_size: int, *rest: Any) -> Any:
         return PoisonedSource(
-            original(config, store, *rest),
+            original(plain, config, vocab_size, *rest),
             start=samples.start,
             stop=samples.stop,
-            vocab_size=store.vocab_size,
+            vocab_size=vocab_size,
             seed=1,
         )
 
-    _wrap(train.build, "_source", source)
+    _wrap(train.assembly, "inject_into_source", source)
 
 
 def _corrupt_the_resume() -> None:

@@ -39,6 +39,7 @@ TINY = (
     f"data.paths=[{sysconfig.get_paths()['stdlib']}/asyncio]",
     "tokenizer=bytes",
     "tokenizer.vocab_size=257",
+    "data.validation_share=0.1",  # of few files
     "run.steps=40",
     "checkpoint.interval_steps=5",
     "checkpoint.good_after_steps=3",

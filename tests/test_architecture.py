@@ -40,6 +40,7 @@ LOOP_MAY_IMPORT = {
     "train.engines.base",
     "train.checkpoint",
     "train.data.stream",
+    "train.data.validation",
 }
 
 

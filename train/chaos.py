@@ -17,7 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from train.data.stream import PoisonedSource, SampleSource, ShiftedSource
+from train.data.layout import DocumentLayout
+from train.data.source import SampleSource
+from train.data.spoiled import PoisonedSource, ShiftedSource
 from train.distributed import World
 from train.engines.base import Engine
 from train.engines.update_norm import local_part
@@ -117,12 +119,15 @@ class FaultyEngine:
         num_tokens: int,
         lr: float,
         gate: Gate,
+        layout: DocumentLayout | None = None,
         flag: bool = False,
     ) -> Tensor:
         """See `Engine.step`."""
         self._fault(self._clock)
         self._clock += 1
-        return self._engine.step(rows, num_tokens=num_tokens, lr=lr, gate=gate, flag=flag)
+        return self._engine.step(
+            rows, layout=layout, num_tokens=num_tokens, lr=lr, gate=gate, flag=flag
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

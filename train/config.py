@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from launch.cluster import problems as cluster_problems
+from train.data.checks import data_problems
 from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
 from train.recovery.policy import LISTED_RUNGS, Rule
@@ -42,8 +43,23 @@ FREE_KEYS = (
     "tracker.",
     "callbacks.",
     "cluster.",
-    "data.cache_dir",
     "recovery.",
+    "data.paths",  # their digests are compared instead
+    "data.read_ahead_batches",
+    "data.validation_interval_steps",
+    "data.validation_samples",
+    "data.verify",
+    "data.on_bad_shard",
+    "data.cache_",
+)
+# Keys that may differ too, but change what is learnt from there on: the run says so. A change of
+# the mixture is allowed in its future alone: samples that were read already must stay the same.
+CHANGEABLE_KEYS = (
+    "run.steps",
+    "schedule.",
+    "data.sequence_length",
+    "data.sources",
+    "data.stages",
 )
 
 
@@ -117,6 +133,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _schedule_problems(config, world_size)
     yield from _engine_problems(config, world_size)
     yield from _file_problems(config)
+    yield from data_problems(config.data)
     yield from _recovery_problems(config)
     yield from _chaos_problems(config, world_size)
     yield from cluster_problems(config.cluster)
@@ -223,9 +240,12 @@ def _engine_problems(config: RunConfig, world_size: int) -> Iterator[str]:
 
 def _file_problems(config: RunConfig) -> Iterator[str]:
     data, tokenizer = config.data, config.tokenizer
-    for path in data.paths:
-        if not any(mark in path for mark in "*?[") and not Path(path).expanduser().exists():
-            yield f"data.paths: {path} does not exist; give a file, a folder or a glob"
+    keys = {f"data.sources.{name}.paths": source.paths for name, source in data.sources.items()}
+    for key, paths in {"data.paths": data.paths, **keys}.items():
+        for path in paths:
+            is_plain = "://" not in path and not any(mark in path for mark in "*?[")
+            if is_plain and not Path(path).expanduser().exists():
+                yield f"{key}: {path} does not exist; give a file, a folder or a glob"
     if tokenizer.kind is TokenizerKind.FILE:
         if tokenizer.path is None:
             yield "tokenizer.path is missing; tokenizer=file needs a tokenizer.json"
@@ -320,13 +340,21 @@ def flatten(node: object, prefix: str = "") -> dict[str, object]:
     return {prefix: node}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def _differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return one line a key that differs and matters for what is learnt."""
     old_flat, new_flat = flatten(old), flatten(new)
     lines = []
     for key in sorted(old_flat.keys() | new_flat.keys()):
-        if key.startswith(FREE_KEYS):
-            continue
-        if old_flat.get(key) != new_flat.get(key):
+        if old_flat.get(key) != new_flat.get(key) and not key.startswith(FREE_KEYS):
             lines.append(f"{key}: the folder has {old_flat.get(key)!r}, now {new_flat.get(key)!r}")
     return lines
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line a key that differs, and must not while a run is taken up again."""
+    return [line for line in _differing(old, new) if not line.startswith(CHANGEABLE_KEYS)]
+
+
+def allowed_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return one line a key that differs and changes what is learnt from here on."""
+    return [line for line in _differing(old, new) if line.startswith(CHANGEABLE_KEYS)]

@@ -9,6 +9,7 @@
         on_snapshot_taken, on_checkpoint_saved, on_checkpoint_failed
         on_rewind(incident, state)          own state was restored before
         on_ledger_change(incident, state)   an operator's skip or return
+        on_evaluation(evaluation, state)    held-out losses, on their schedule and at the end
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
@@ -27,6 +28,7 @@ from typing import TypeVar
 
 from train.actions import Action, Note
 from train.checkpoint.info import CheckpointInfo
+from train.data.validation import Evaluation
 from train.recovery.detector import Verdict
 from train.recovery.journal import Incident
 from train.signals import Gate, StepReport
@@ -107,6 +109,9 @@ class Callback:
     def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
         """Take note of samples that an operator skipped or put back."""
 
+    def on_evaluation(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
+        """Take note of the held-out losses of a state, and of how long they took."""
+
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
 
@@ -166,6 +171,10 @@ class Events:
     def ledger_changed(self, incident: Incident, state: TrainState) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_ledger_change(incident, state))
+
+    def evaluated(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_evaluation(evaluation, state, seconds))
 
     def snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

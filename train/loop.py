@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
 from train.checkpoint.info import Health
 from train.checkpoint.tiers import Tiers
-from train.data.stream import SampleStream
+from train.data.stream import Batches
+from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
 from train.errors import CheckpointError
 from train.events import Events
@@ -30,7 +31,8 @@ class Run:
     """All parts of a run, put together in `build.py`."""
 
     engine: Engine
-    data: SampleStream
+    data: Batches
+    validation: Validation
     schedule: Schedule
     events: Events
     tiers: Tiers
@@ -44,11 +46,15 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ending:
-    """How a run ended; `is_saved` is False if its last checkpoint could not be written."""
+    """How a run ended; `is_saved` is False if its last checkpoint could not be written.
+
+    `evaluation`: of the last state, None if the run was stopped or nothing is held out.
+    """
 
     state: TrainState
     stop: Stop | None = None
     is_saved: bool = True
+    evaluation: Evaluation | None = None
 
 
 def train(run: Run, state: TrainState) -> Ending:
@@ -66,6 +72,7 @@ def train(run: Run, state: TrainState) -> Ending:
         step_started = time.perf_counter()
         signals = run.engine.step(
             batch.rows,
+            layout=batch.layout,
             num_tokens=batch.num_tokens,
             lr=lr,
             gate=gate,
@@ -83,17 +90,22 @@ def train(run: Run, state: TrainState) -> Ending:
             gate=gate,
             is_flushed=state.step == run.last_step or run.events.needs_current(state.step),
         )
+        stepped = state
         for action in _wanted([run.events.after_update(report) for report in ready]):
             if isinstance(action, Stop):
                 return _stop(run, state, action)
             state = _perform(run, state, action, reports)
         if any(report.signals.is_flagged for report in ready):
             state = _serve(run, state, reports)
+        if state is stepped and run.validation.is_due(state.step) and state.step < run.last_step:
+            _evaluate(run, state)
     is_saved = not run.saves_at_end or any(
         info.clock == state.clock for info in run.tiers.store.entries()
     )
     last = Save(reason="end")
-    return Ending(state=state, is_saved=is_saved or _save(run, state, last, Health.CANDIDATE))
+    is_saved = is_saved or _save(run, state, last, Health.CANDIDATE)
+    evaluation = _evaluate(run, state) if run.validation.has_samples else None
+    return Ending(state=state, is_saved=is_saved, evaluation=evaluation)
 
 
 def _wanted(answers: list[list[Action]]) -> list[Action]:
@@ -147,9 +159,21 @@ def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
     return state
 
 
+def _evaluate(run: Run, state: TrainState) -> Evaluation:
+    """Take the held-out losses of the present state. A collective, and a host sync."""
+    started = time.perf_counter()
+    evaluation = run.validation.evaluate(run.engine)
+    run.events.evaluated(evaluation, state, time.perf_counter() - started)
+    return evaluation
+
+
 def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
     """Keep the state and return True; a save to disk that fails is a warning. A collective."""
-    extra = {"ledger": run.data.ledger.ranges(), "callbacks": run.events.state_dict()}
+    extra = {
+        "ledger": run.data.ledger.ranges(),
+        "callbacks": run.events.state_dict(),
+        "last_samples": run.data.proof(state.cursor),
+    }
     if action.to_memory:
         seconds = run.tiers.ring.take(state, extra, health=health)
         if seconds is not None:

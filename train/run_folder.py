@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -24,13 +25,16 @@ from typing import Any, TextIO
 import yaml
 from omegaconf import OmegaConf
 
-from train.config import differences
+from train.config import allowed_changes, differences
+from train.data.order import ORDER_VERSION
 from train.durable import fsync_folder, write_atomically, write_json
 from train.errors import RunFolderError
 
+logger = logging.getLogger(__name__)
+
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
-_IDENTITY_KEYS = {"name", "run_id", "data_digest", "attempts"}
+_IDENTITY_KEYS = {"name", "run_id", "data_digests", "order_version", "attempts"}
 # What starting over removes: what a run writes, and nothing else that may lie in the folder.
 _OWNED = (
     "checkpoints",
@@ -50,11 +54,15 @@ _OWNED = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFolder:
-    """An open run folder; `attempt` counts the starts of this run, from 0."""
+    """An open run folder; `attempt` counts the starts of this run, from 0.
+
+    `changes`: one line a setting that differs from the last start and changes what is learnt.
+    """
 
     path: Path
     run_id: str
     attempt: int
+    changes: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> Path:
@@ -189,27 +197,46 @@ def check_folder(path: Path, node: Mapping[str, Any], *, overwrite: bool) -> Non
 
 
 def open_folder(
-    path: Path, name: str, node: Mapping[str, Any], *, overwrite: bool, data_digest: str
+    path: Path,
+    name: str,
+    node: Mapping[str, Any],
+    *,
+    overwrite: bool,
+    data_digests: Mapping[str, str],
 ) -> RunFolder:
     """Make or take up the folder. Called on rank 0 alone, after `check_folder`.
 
-    Raises: RunFolderError if the text of the corpus has changed since the run began.
+    `data_digests`: of each source's tokens. A source may be added on the way, none may change.
+    Raises: RunFolderError if the text of a source has changed since the run began.
     """
     if will_overwrite(path, overwrite=overwrite):
         _clear(path)
     path.mkdir(parents=True, exist_ok=True)
     run_file = path / _RUN_FILE
+    changes: tuple[str, ...] = ()
     if run_file.exists():
         known = _read_identity(path)
-        if known["data_digest"] != data_digest:
+        problems = [
+            f"the corpus of source {source} has changed since {path} was begun (digest "
+            f"{digest[:12]}, now {data_digests.get(source, 'gone')[:12]}): the order of samples "
+            "would not be the same; bring the text back, or set run.overwrite=true"
+            for source, digest in known["data_digests"].items()
+            if data_digests.get(source) != digest
+        ]
+        if problems:
+            raise RunFolderError(problems)
+        if known["order_version"] != ORDER_VERSION:
             raise RunFolderError(
                 [
-                    f"the corpus has changed since {path} was begun (digest "
-                    f"{known['data_digest'][:12]}, now {data_digest[:12]}): the order of samples "
-                    "would not be the same; bring the text back, or set run.overwrite=true"
+                    f"{path} was begun with version {known['order_version']} of the order of "
+                    f"samples, and this is version {ORDER_VERSION}: go on with the Trimtab that "
+                    "began it, or set run.overwrite=true"
                 ]
             )
+        known["data_digests"] = dict(data_digests)
         known["attempts"] += 1
+        saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+        changes = tuple(_changes(saved, node))
     else:
         created = datetime.now(UTC).isoformat(timespec="milliseconds")
         identity = f"{launch_id()}/{path.resolve()}/{created}"
@@ -217,13 +244,25 @@ def open_folder(
             "name": name,
             "run_id": hashlib.sha256(identity.encode()).hexdigest()[:16],
             "created_utc": created,
-            "data_digest": data_digest,
+            "data_digests": dict(data_digests),
+            "order_version": ORDER_VERSION,
             "attempts": 1,
         }
     known["launch_id"] = launch_id()
     write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node))))
     write_json(run_file, known)
-    return RunFolder(path=path, run_id=known["run_id"], attempt=known["attempts"] - 1)
+    attempt = int(known["attempts"]) - 1
+    return RunFolder(path=path, run_id=known["run_id"], attempt=attempt, changes=changes)
+
+
+def _changes(saved: object, node: Mapping[str, Any]) -> list[str]:
+    """Return, and say, which settings differ that may differ but change what is learnt."""
+    if not isinstance(saved, Mapping):
+        return []
+    lines = allowed_changes({str(key): value for key, value in saved.items()}, node)
+    for line in lines:
+        logger.warning("taken up with another setting: %s", line)
+    return lines
 
 
 def _read_identity(path: Path) -> dict[str, Any]:

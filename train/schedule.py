@@ -64,6 +64,11 @@ class Schedule:
         full_steps = last_step - max(first_step, settings.batch_ramp_steps)
         return ramped + max(0, full_steps) * settings.batch_samples
 
+    @property
+    def num_samples(self) -> int:
+        """How many samples the whole run reads."""
+        return self.samples_between(0, self._num_steps)
+
     def amount_in_samples(self, amount: Amount, *, from_step: int, sequence_length: int) -> int:
         """Return `amount` in samples of `sequence_length` tokens, counted from `from_step` on."""
         if amount.unit is AmountUnit.TOKENS:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import Tensor
@@ -25,9 +26,11 @@ from torch.distributed.tensor import DTensor
 from train.checkpoint.info import Health
 from train.checkpoint.store import CheckpointStore
 from train.config import parse_config
+from train.data.layout import DocumentLayout
 from train.distributed import World, join_world, launched_rank, launched_size
 from train.engines.base import Engine
 from train.engines.build import build_engine
+from train.engines.staging import num_predictions
 from train.errors import CheckpointError
 from train.main import CONF, rewrite_arguments
 from train.models.decoder import Decoder
@@ -80,6 +83,31 @@ def own_rows(world: World, step: int) -> np.ndarray[Any, np.dtype[np.uint16]]:
     """Return this rank's rows of the global batch of a step."""
     share = BATCH_SAMPLES // world.size
     return batch(step)[world.rank * share : (world.rank + 1) * share]
+
+
+def layout_of(step: int, *, first: int = 0, stop: int = BATCH_SAMPLES) -> DocumentLayout:
+    """Return where documents begin in some rows of a batch, and their padding: most have some."""
+    generator = np.random.default_rng((step, 1))
+    length = SEQUENCE_LENGTH + 1
+    starts = np.sort(generator.integers(1, length + 8, (BATCH_SAMPLES, 4)), axis=1)
+    starts = np.pad(np.minimum(starts, length), ((0, 0), (1, 0)))
+    lengths = np.minimum(generator.integers(2, length + 16, BATCH_SAMPLES), length)
+    layout = DocumentLayout(starts=starts.astype(np.int32), lengths=lengths.astype(np.int32))
+    return layout.rows(first, stop)
+
+
+def one_isolated_step(engine: Engine, world: World, step: int) -> StepSignals:
+    """Step with documents told apart and padding."""
+    share = BATCH_SAMPLES // world.size
+    first = world.rank * share
+    vector = engine.step(
+        own_rows(world, step),
+        layout=layout_of(step, first=first, stop=first + share),
+        num_tokens=num_predictions(batch(step), layout_of(step)),
+        lr=LR,
+        gate=Gate(),
+    )
+    return StepSignals.from_vector(vector.tolist())
 
 
 def one_step(
@@ -171,6 +199,27 @@ def _conformance(found: dict[str, Any], config: RunConfig, world: World, folder:
     found["losses_accumulated"] = [signal.loss_nats for signal in signals]
     found["grad_norms_accumulated"] = [signal.grad_norm for signal in signals]
     found["evaluation_accumulated"] = accumulating.evaluate(batch(1000))
+    found["isolated"] = [_isolated(other, world) for other in (fresh, accumulating)]
+
+
+def _isolated(engine: Engine, world: World) -> dict[str, Any]:
+    """Step and evaluate with documents told apart and padding; of two engines at the same step."""
+    signals = [one_isolated_step(engine, world, step) for step in range(NUM_STEPS, NUM_STEPS + 3)]
+    return {
+        "losses": [signal.loss_nats for signal in signals],
+        "grad_norms": [signal.grad_norm for signal in signals],
+        "sample_losses": _of_all_ranks(engine.recent_sample_losses()[-1], world),
+        "evaluation": engine.evaluate(batch(1000), layout_of(1000)),
+    }
+
+
+def _of_all_ranks(values: list[float], world: World) -> list[float]:
+    """Return the values of all ranks, in the order of ranks (a collective)."""
+    parts = [values]
+    if world.size > 1:
+        parts *= world.size
+        dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def exchange(folder: str, name: str, kind: str, checkpoints: tuple[str, ...]) -> None:

@@ -83,6 +83,23 @@ def test_evaluation_agrees_with_a_single_process(
 
 
 @every_engine
+def test_isolated_documents_and_padding_agree_with_a_single_process(
+    engine: str, num_ranks: int, conformance: Conformance
+) -> None:
+    (single,) = conformance("single", 1)
+    expected, _ = single["isolated"]
+    for found in conformance(engine, num_ranks)[0]["isolated"]:
+        for name in ("losses", "grad_norms", "sample_losses", "evaluation"):
+            assert found[name] == close(expected[name]), name
+
+
+def test_isolation_and_padding_change_the_loss(conformance: Conformance) -> None:
+    """The test above can fail."""
+    (single,) = conformance("single", 1)
+    assert single["isolated"][0]["evaluation"] != close(single["evaluation"])
+
+
+@every_engine
 def test_loading_goes_on_as_if_never_stopped(
     engine: str, num_ranks: int, conformance: Conformance
 ) -> None:

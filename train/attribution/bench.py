@@ -21,6 +21,7 @@ from train.attribution.outcome import Point
 from train.callbacks.spike_detection import SpikeDetection
 from train.checkpoint.info import CheckpointInfo, Health
 from train.checkpoint.store import CheckpointStore
+from train.data.layout import DocumentLayout
 from train.data.stream import SampleStream
 from train.distributed import World
 from train.engines.base import Engine
@@ -62,6 +63,7 @@ class StepInputs:
 
     step: int
     rows: npt.NDArray[np.integer]
+    layout: DocumentLayout | None
     num_tokens: int
     lr: float
     gate: Gate
@@ -102,6 +104,7 @@ class Bench:
         stream: SampleStream,
         schedule: Schedule,
         history: RecoveryHistory,
+        is_data_change: Callable[[int, int], bool],
         world: World,
         progress: Callable[[Point], None],
     ) -> None:
@@ -111,6 +114,7 @@ class Bench:
         self._stream = stream
         self._schedule = schedule
         self._history = history
+        self._is_data_change = is_data_change
         self._world = world
         self._progress = progress
 
@@ -165,7 +169,9 @@ class Bench:
     def _begin(self, course: Course) -> tuple[TrainState, SpikeDetection]:
         extra: dict[str, Any] = self._store.load(self._engine, _info(course.checkpoint))
         state = TrainState(**extra["train_state"])
-        detection = SpikeDetection(self._config.recovery, self._schedule, self._history)
+        detection = SpikeDetection(
+            self._config.recovery, self._schedule, self._history, self._is_data_change
+        )
         if detection.name in extra["callbacks"]:
             detection.load_state_dict(extra["callbacks"][detection.name])
         if course.begin_cursor is not None:
@@ -180,6 +186,7 @@ class Bench:
         inputs = StepInputs(
             step=state.step + 1,
             rows=batch.rows,
+            layout=batch.layout,
             num_tokens=batch.num_tokens,
             lr=self._schedule.lr_at(state.step) * self._history.lr_factor_at(state.step),
             gate=detection.gate() or Gate(),
@@ -188,7 +195,11 @@ class Bench:
 
     def _step(self, inputs: StepInputs) -> Tensor:
         return self._engine.step(
-            inputs.rows, num_tokens=inputs.num_tokens, lr=inputs.lr, gate=inputs.gate
+            inputs.rows,
+            layout=inputs.layout,
+            num_tokens=inputs.num_tokens,
+            lr=inputs.lr,
+            gate=inputs.gate,
         )
 
     def _is_flushed(self, step: int) -> bool:

@@ -60,7 +60,7 @@ def run(folder: Path, incident: int, num_steps_after: int | None, output: Path |
 
     case = replayer.read_case(folder, incident)
     config = replayer.replay_config(case, _read_config(folder), num_ranks=launched_size())
-    corpus = replayer.open_corpus(case, config)
+    corpora = replayer.open_corpora(case, config)
     _make_deterministic(is_on=config.run.is_deterministic)
     after = replayer.DEFAULT_NUM_STEPS_AFTER if num_steps_after is None else num_steps_after
     num_steps = replayer.num_steps_in_all(case, after)
@@ -71,7 +71,7 @@ def run(folder: Path, incident: int, num_steps_after: int | None, output: Path |
             result = replayer.replay(
                 case,
                 config,
-                corpus,
+                corpora,
                 world,
                 num_steps_after=after,
                 progress=lambda point: progress.step(point.loss_nats),

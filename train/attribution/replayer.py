@@ -36,12 +36,12 @@ from train.attribution.outcome import (
 from train.chaos import inject_into_engine, inject_into_source, schedule_of
 from train.checkpoint.store import CheckpointStore
 from train.config import parse_config
-from train.data.corpus import prepare
+from train.data.build import DataChanges, build_data
+from train.data.corpus import open_sources
 from train.data.ledger import SkipLedger
-from train.data.order import SampleOrder
 from train.data.sequence import Returns
-from train.data.store import CorpusInfo, TokenStore
-from train.data.stream import OrderedSource, SampleStream
+from train.data.shards import Corpus
+from train.data.stream import SampleStream
 from train.distributed import World
 from train.engines.build import build_engine
 from train.errors import DataError
@@ -71,6 +71,7 @@ class Case:
     history: RecoveryHistory
     capsule: Mapping[str, Any]
     original: Sequence[Mapping[str, Any]]
+    sequence_length: int
 
     def losses(self) -> dict[int, float | None]:
         """Return the run's losses by step, None where they were not finite."""
@@ -90,8 +91,10 @@ def read_case(folder: Path, incident: int) -> Case:
     records: list[Incident] = Journal(folder / JOURNAL_FILE).read()
     plan = make_plan([asdict(r) for r in records], checkpoints_of(folder), incident)
     metrics = read_json_lines(folder / METRICS_FILE).records
+    lengths = [record.sequence_length for record in records if record.incident == incident]
     return Case(
         folder=folder,
+        sequence_length=lengths[0],
         plan=plan,
         history=RecoveryHistory(records[: plan.num_records_before]),
         capsule=_read_object(folder / INCIDENTS_FOLDER / plan.folder_name / CAPSULE_FILE),
@@ -121,16 +124,28 @@ def replay_config(case: Case, node: Mapping[str, Any], *, num_ranks: int) -> Run
     return parse_config(changed, world_size=num_ranks)
 
 
-def open_corpus(case: Case, config: RunConfig) -> CorpusInfo:
-    """Return the corpus of the run. Raises: DataError if its text has changed since."""
-    corpus = prepare(config.data, config.tokenizer)
-    digest = _read_object(case.folder / RUN_FILE).get("data_digest")
-    if digest != corpus.digest:
+def open_corpora(case: Case, config: RunConfig) -> dict[str, Corpus]:
+    """Return the corpora of the run.
+
+    Raises: DataError if their text has changed since, or the run has gone on with samples of
+    another length.
+    """
+    length, then = config.data.sequence_length, case.sequence_length
+    if then not in (0, length):
         raise DataError(
-            f"the corpus has changed since {case.folder} was begun (digest {str(digest)[:12]}, now "
-            f"{corpus.digest[:12]}): the same batches cannot be fed again; bring the text back"
+            f"incident {case.plan.incident} happened at data.sequence_length={then}, and the run "
+            f"has gone on with {length}: the same batches cannot be fed again"
         )
-    return corpus
+    corpora = open_sources(config.data, config.tokenizer)
+    known = _read_object(case.folder / RUN_FILE).get("data_digests") or {}
+    for name, corpus in corpora.items():
+        if known.get(name) != corpus.digest:
+            raise DataError(
+                f"the corpus of source {name} has changed since {case.folder} was begun (digest "
+                f"{str(known.get(name))[:12]}, now {corpus.digest[:12]}): the same batches cannot "
+                "be fed again; bring the text back"
+            )
+    return corpora
 
 
 def num_steps_in_all(case: Case, num_steps_after: int) -> int:
@@ -143,7 +158,7 @@ def num_steps_in_all(case: Case, num_steps_after: int) -> int:
 def replay(
     case: Case,
     config: RunConfig,
-    corpus: CorpusInfo,
+    corpora: Mapping[str, Corpus],
     world: World,
     *,
     num_steps_after: int,
@@ -154,15 +169,12 @@ def replay(
     started = time.perf_counter()
     schedule = schedule_of(config)
     engine = inject_into_engine(build_engine(config, world), config, world, is_replay=True)
-    tokens = TokenStore(
-        corpus,
-        sequence_length=config.data.sequence_length,
-        validation_samples=config.data.validation_samples,
-    )
-    order = SampleOrder(num_samples=tokens.num_samples, seed=config.run.seed)
+    data = build_data(corpora, config.data, schedule, seed=config.run.seed)
     ledger = SkipLedger((skip.start, skip.stop) for skip in case.history.skips())
     stream = SampleStream(
-        inject_into_source(OrderedSource(tokens, order), config, tokens.vocab_size, schedule),
+        inject_into_source(
+            data.source, config, data.vocab_size or config.model.vocab_size, schedule
+        ),
         ledger,
         rank=world.rank,
         num_ranks=world.size,
@@ -175,6 +187,7 @@ def replay(
         stream=stream,
         schedule=schedule,
         history=case.history,
+        is_data_change=DataChanges(data.changes, stream, schedule).is_change,
         world=world,
         progress=progress,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from train.events import Callback, CallbackPhase, RunStart
 from train.recovery.detector import SpikeDetector, Verdict
@@ -15,14 +15,23 @@ from train.state import TrainState
 
 
 class SpikeDetection(Callback):
-    """The detector's place in the run; its state is in every checkpoint and rewound with it."""
+    """The detector's place in the run; its state is in every checkpoint and rewound with it.
+
+    `is_data_change(cursor, step)`: whether the batch of `step`, read from `cursor` on, is the first
+    of another mixture.
+    """
 
     phase = CallbackPhase.OBSERVE
 
     def __init__(
-        self, settings: RecoverySettings, schedule: Schedule, history: RecoveryHistory
+        self,
+        settings: RecoverySettings,
+        schedule: Schedule,
+        history: RecoveryHistory,
+        is_data_change: Callable[[int, int], bool] = lambda cursor, step: False,
     ) -> None:
         self._settings = settings
+        self._is_data_change = is_data_change
         self._schedule = schedule
         self._history = history
         self._has_outlier_gate = settings.resolved_veto is Veto.OUTLIER
@@ -39,12 +48,12 @@ class SpikeDetection(Callback):
         """After a resume, the loss must go on where it was."""
         if start.is_resumed and start.is_sound:
             self._detector.resumed()
-        self._announce_after(start.state.step)
+        self._announce_after(start.state)
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """A rewind may have cooled the learning rate."""
         del incident, seconds
-        self._announce_after(state.step)
+        self._announce_after(state)
 
     def gate(self) -> Gate | None:
         """Refuse outliers on the device, if the config says so and the budget is not used up."""
@@ -65,17 +74,22 @@ class SpikeDetection(Callback):
             group_norms=signals.group_norms,
             nonfinite_share=signals.nonfinite_share,
         )
-        self._announce_after(step)
+        self._announce_after(report.state)
         return verdict
 
-    def _announce_after(self, step: int) -> None:
+    def _announce_after(self, state: TrainState) -> None:
         """Announce what is known of the next steps, before their gates are set.
 
         Two of them: when the report of a step is read, the gate of the next one is set already.
         """
-        for ahead in (step + 1, step + 2):
+        for ahead in (state.step + 1, state.step + 2):
             if self._is_announced(ahead):
                 self._detector.announce(ahead)
+        cursor = state.cursor
+        for step in (state.step, state.step + 1):
+            if self._is_data_change(cursor, step):
+                self._detector.announce(step + 1)
+            cursor += self._schedule.batch_samples_at(step)
 
     def _is_announced(self, step: int) -> bool:
         """True if a change that is known beforehand takes effect in the update `step`."""

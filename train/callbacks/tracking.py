@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +21,7 @@ from monitoring.records import JsonLinesWriter, finite, number, read_run
 from monitoring.trackers import GuardedTracker, Tracker, TrackerConfig, dashboard_command
 from train.actions import Note
 from train.checkpoint.info import CheckpointInfo
+from train.data.validation import Evaluation
 from train.durable import write_json
 from train.events import Callback, CallbackPhase, RunStart
 from train.recovery.journal import Incident
@@ -47,6 +48,10 @@ class Telemetry:
     flops_per_token: float
     peak_flops: float | None
     group_names: tuple[str, ...]
+    data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    """Of each source: tokens, samples, share at the start."""
+    bad_shards: tuple[str, ...] = ()
+    changed_settings: tuple[str, ...] = ()
 
 
 class Tracking(Callback):
@@ -80,7 +85,12 @@ class Tracking(Callback):
             world_size=telemetry.world_size,
             engine=telemetry.engine,
             host=telemetry.host,
+            data=telemetry.data,
         )
+        if telemetry.changed_settings:
+            self._event("settings_changed", start.state, lines=list(telemetry.changed_settings))
+        if telemetry.bad_shards:
+            self._event("bad_shards", start.state, lines=list(telemetry.bad_shards))
         for tracker in self._trackers:
             tracker.start(telemetry.config, start.name, telemetry.run_id, telemetry.folder)
         self._console.start()
@@ -90,6 +100,12 @@ class Tracking(Callback):
             f"{telemetry.engine} on {telemetry.world_size} rank(s), {start.last_step:,} steps, "
             f"folder {telemetry.folder}"
         )
+        if telemetry.bad_shards:
+            self._console.incident(
+                f"{len(telemetry.bad_shards)} files of tokens cannot be used, their samples go "
+                f"into the skip ledger: {telemetry.bad_shards[0]}",
+                f"{len(telemetry.bad_shards)} bad files of tokens",
+            )
 
     def after_update(self, report: StepReport) -> None:
         """Record one step."""
@@ -199,6 +215,29 @@ class Tracking(Callback):
         text = f"incident {incident.incident}, {incident.rung}: {incident.reason}; {where}"
         self._tell("ledger_change", text, f"{incident.rung} at {state.step}", state)
 
+    def on_evaluation(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
+        """Record and show the held-out losses."""
+        by_source = dict(evaluation.by_source)
+        self._event(
+            "evaluation",
+            state,
+            seconds=seconds,
+            loss_nats=evaluation.loss_nats,
+            by_source=by_source,
+        )
+        metrics: dict[str, float | int | str | bool | None] = {
+            "validation_loss_nats": evaluation.loss_nats
+        }
+        for name, loss in by_source.items() if len(by_source) > 1 else ():
+            metrics[f"validation_loss_nats/{name}"] = loss
+        for tracker in self._trackers:
+            tracker.log(metrics, state.clock)
+        parts = ", ".join(f"{name} {loss:.3f}" for name, loss in by_source.items())
+        detail = f" ({parts})" if len(by_source) > 1 else ""
+        self._console.message(
+            f"step {state.step:,}: validation loss {evaluation.loss_nats:.3f} nats{detail}"
+        )
+
     def on_note(self, note: Note, state: TrainState) -> None:
         """Record what was borne or observed, and show what was observed."""
         self._event(
@@ -229,16 +268,6 @@ class Tracking(Callback):
         folder = self._telemetry.folder
         now = {"time": time.time(), "attempt": self._telemetry.attempt}
         place = {key: summary[key] for key in ("clock", "step")}
-        if summary["validation_loss_nats"] is not None:
-            self._events.write(
-                {
-                    "kind": "evaluation",
-                    **now,
-                    **place,
-                    "seconds": summary["evaluation_seconds"],
-                    "loss_nats": summary["validation_loss_nats"],
-                }
-            )
         self._events.write({"kind": "run_end", **now, **place, "reason": summary["reason"]})
         records = read_run(folder)
         losses = [number(record, "loss_nats") for record in records.curve]

@@ -5,7 +5,8 @@ manifest with the digest of each file, and renamed: a folder with that name is w
 file that says which is the latest; that is read off the names, so nothing can lie.
 
 All ranks hold the same catalogue: it changes only by calls that all ranks make in the same order.
-Rank 0 writes the shared files. Refuses to know what is inside: an engine writes and reads that.
+Rank 0 writes the shared files. Cursors of samples of another length are mapped where they are read.
+Refuses to know what is inside: an engine writes and reads that.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from train.checkpoint.info import (
     verify_digests,
     verify_sizes,
 )
+from train.data.units import rescale_cursor, rescale_ledger
 from train.distributed import World
 from train.durable import fsync_file, fsync_folder, write_json
 from train.engines.base import Engine
@@ -58,6 +60,7 @@ class CheckpointStore:
         keep_steps: int = 0,
         reach_steps: int = 0,
         kept: Callable[[], frozenset[str]] = frozenset,
+        sequence_length: int = 0,
     ) -> None:
         self.folder = folder
         self._world = world
@@ -65,6 +68,7 @@ class CheckpointStore:
         self._keep_steps = keep_steps
         self._reach_steps = reach_steps
         self._kept = kept
+        self._sequence_length = sequence_length
         self._catalogue: list[CheckpointInfo] = []
         self.unreadable: tuple[str, ...] = ()
         """Names of folders that should be checkpoints, and are left alone."""
@@ -77,7 +81,7 @@ class CheckpointStore:
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             named = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
-            infos = {path.name: _read_info(path) for path in named}
+            infos = {path.name: _read_info(path, self._sequence_length) for path in named}
             readable = [info for info in infos.values() if info is not None]
             unreadable = tuple(sorted(name for name, info in infos.items() if info is None))
             found = sorted(readable, key=lambda info: info.clock), unreadable
@@ -171,13 +175,15 @@ class CheckpointStore:
         extra: Mapping[str, object],
         health: Health,
     ) -> CheckpointInfo:
-        write_json(temporary / STATE, {"train_state": state.as_dict(), **extra})
+        length = {"sequence_length": self._sequence_length}
+        write_json(temporary / STATE, {"train_state": state.as_dict(), **length, **extra})
         path = temporary / STATE
         files[STATE] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         manifest = {
             "version": _FORMAT_VERSION,
             "step": state.step,
             "cursor": state.cursor,
+            "sequence_length": self._sequence_length,
             "clock": state.clock,
             "world_size": self._world.size,
             "format": engine.checkpoint_format,
@@ -193,7 +199,7 @@ class CheckpointStore:
             final.rename(self.folder / f"replaced-{name}-{os.getpid()}")
         temporary.rename(final)
         fsync_folder(self.folder)
-        info = _read_info(final)
+        info = _read_info(final, self._sequence_length)
         assert info is not None, "the checkpoint that was just written can be read"
         return info
 
@@ -238,8 +244,7 @@ class CheckpointStore:
         self._agree_it_is_whole(_problem_of(digests))
         if failure is not None:
             raise failure
-        state: dict[str, Any] = json.loads(state_text)
-        return state
+        return _at_length(json.loads(state_text), self._sequence_length)
 
     def _agree_it_is_whole(self, problem: str | None) -> None:
         """Raise CorruptCheckpointError on all ranks if one has a problem. A collective."""
@@ -321,7 +326,7 @@ def _problem_of(digests: Sequence[Future[None]]) -> str | None:
     return "; ".join(str(problem) for problem in problems if problem) or None
 
 
-def _read_info(path: Path) -> CheckpointInfo | None:
+def _read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
     """Return what a folder says of itself, or None if it is not a checkpoint."""
     match = _NAME.match(path.name)
     if match is None:
@@ -329,12 +334,13 @@ def _read_info(path: Path) -> CheckpointInfo | None:
     try:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
+        old_length = manifest.get("sequence_length") or sequence_length
         health = Health(json.loads((path / HEALTH).read_text())["health"])
         return CheckpointInfo(
             name=path.name,
             path=path,
             step=int(match[1]),
-            cursor=int(manifest["cursor"]),
+            cursor=_cursor_at_length(int(manifest["cursor"]), old_length, sequence_length),
             clock=int(match[2]),
             num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
             digest=sha256(text).hexdigest(),
@@ -345,6 +351,34 @@ def _read_info(path: Path) -> CheckpointInfo | None:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
         return None
+
+
+def _cursor_at_length(cursor: int, old: int, new: int) -> int:
+    return cursor if old == new else rescale_cursor(cursor, old, new)
+
+
+def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
+    """Return a checkpoint's state with cursor and ledger in samples of the present length."""
+    old = state.get("sequence_length") or sequence_length
+    if old == sequence_length:
+        return state
+    train_state = state["train_state"]
+    cursor = rescale_cursor(train_state["cursor"], old, sequence_length)
+    logger.warning(
+        "data.sequence_length is %d now and was %d: cursor %d becomes %d, and the skip ledger is "
+        "mapped by tokens",
+        sequence_length,
+        old,
+        train_state["cursor"],
+        cursor,
+    )
+    without_proof = {key: value for key, value in state.items() if key != "last_samples"}
+    return {
+        **without_proof,
+        "sequence_length": sequence_length,
+        "train_state": {**train_state, "cursor": cursor},
+        "ledger": rescale_ledger(state["ledger"], old, sequence_length),
+    }
 
 
 def _last_line(error: BaseException) -> str:

@@ -19,10 +19,11 @@ class Returns:
     A return (position, start, stop) says: at positions `[position, position + stop - start)` the
     samples of positions `[start, stop)` come again; the order goes on around it. Nothing before
     `position` changes, and no other return moves, but what stood at it or after it does, so it must
-    not lie before the cursor of any state that is still in use.
+    not lie before the cursor of any state that is still in use. `version` is raised by each return.
     """
 
     def __init__(self, entries: Iterable[tuple[int, int, int]] = ()) -> None:
+        self.version = 0
         self._entries: list[tuple[int, int, int]] = []
         # The sequence in pieces: from `_starts[i]` on, index = position + `_shifts[i]`.
         self._starts = np.zeros(1, dtype=np.int64)
@@ -58,6 +59,7 @@ class Returns:
                     f"{taken_stop}); put [{start}, {stop}) back beside it"
                 )
         self._entries = sorted([*self._entries, (position, start, stop)])
+        self.version += 1
         self._rebuild()
 
     @property

@@ -1,35 +1,60 @@
 """The stream of batches: a pure function of cursor, ledger and returns; each rank takes its rows.
 
-Owns the way from the cursor to tokens: ledger, returns, source. Refuses to keep a position: the
-cursor is the caller's. Called by the loop on all ranks; no collective.
+Owns the way from the cursor to a batch. Refuses to keep a position: the cursor is the caller's.
+Called by the loop on all ranks, through `read_ahead` or directly; no collective.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from typing import Protocol, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from train.data.layout import DocumentLayout
 from train.data.ledger import SkipLedger
-from train.data.order import SampleOrder
 from train.data.origins import SampleOrigin
 from train.data.sequence import Returns
-from train.data.store import TokenStore
+from train.data.source import SampleSource
+from train.data.store import check_vocabulary
+from train.errors import DataError
 
-# Chosen by trial: far above the noise of one batch, far below what breaks a run.
-_SHIFTED_SHARE = 0.15
+logger = logging.getLogger(__name__)
+
+_NO_POSITIONS = np.zeros(0, dtype=np.int64)
+# Enough to notice other data, few enough to cost nothing.
+_PROOF_SAMPLES = 16
 
 
-class SampleSource(Protocol):
-    """Tokens by global index of the order."""
+class DataProof(TypedDict):
+    """The samples that were read last, as JSON values.
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-        """Return the tokens at `indices`, shape [n, sequence_length + 1]."""
+    `sha256`: of their tokens. `given`: how many samples each source of a mixture had given then.
+    """
 
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        """Return where the text of the sample at `index` comes from."""
+    indices: list[int]
+    sha256: str
+    given: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchPlan:
+    """Which samples make up a batch, before any is read.
+
+    `indices`: of the whole batch, in the global order. `mine`: those of this rank. `damaged`:
+    positions that were passed over, since their files are missing or damaged.
+    """
+
+    cursor: int
+    num_samples: int
+    indices: npt.NDArray[np.int64]
+    mine: npt.NDArray[np.int64]
+    next_cursor: int
+    num_tokens: int
+    damaged: npt.NDArray[np.int64] = field(default_factory=lambda: _NO_POSITIONS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,106 +63,47 @@ class Batch:
 
     `rows`: this rank's samples, [num_samples / ranks, sequence_length + 1]. `indices`: the whole
     batch's indices of the global order. `next_cursor`: the position where the next batch begins.
+    `num_tokens`: predictions of the whole batch. `layout`: the documents of `rows`, if asked for.
     """
 
     rows: npt.NDArray[np.integer]
     indices: npt.NDArray[np.int64]
     next_cursor: int
     num_tokens: int
+    layout: DocumentLayout | None = None
 
 
-class OrderedSource:
-    """The samples of a token store in the global order."""
+class Batches(Protocol):
+    """What the loop needs of the data."""
 
-    def __init__(self, store: TokenStore, order: SampleOrder) -> None:
-        self._store = store
-        self._order = order
+    @property
+    def ledger(self) -> SkipLedger:
+        """What is skipped."""
 
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-        """Return the tokens at global `indices`."""
-        return self._store.rows(self._order.samples(indices))
+    @property
+    def returns(self) -> Returns:
+        """What was put back."""
 
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        """Return where the text of the sample at global `index` comes from."""
-        (sample,) = self._order.samples(np.array([index], dtype=np.int64))
-        return self._store.origins(int(sample))
+    def at(self, cursor: int, num_samples: int) -> Batch:
+        """Return the next `num_samples` samples at or after `cursor` that are not skipped."""
 
+    def cursor_after(self, cursor: int, num_samples: int) -> int:
+        """Return where `num_samples` samples from `cursor` on would leave the cursor."""
 
-class PoisonedSource:
-    """A source one stretch of which is bad, as a shard tokenised with another tokenizer is.
+    def proof(self, cursor: int) -> DataProof:
+        """Return which samples were read last before `cursor`, and a digest of their tokens."""
 
-    There, each token stands for another one, always the same, so it looks like language and is
-    learnt as such. It depends on the seed and the index alone: a rewind that does not skip meets
-    it again, and any number of ranks sees the same.
-    """
-
-    def __init__(
-        self, source: SampleSource, *, start: int, stop: int, vocab_size: int, seed: int
-    ) -> None:
-        self._source = source
-        self._start, self._stop = start, stop
-        self._foreign_tokens = np.random.default_rng(seed % 2**64).permutation(vocab_size)
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-        """Return the tokens at global `indices`, poisoned ones among them."""
-        rows = self._source.rows(indices)
-        is_bad = (indices >= self._start) & (indices < self._stop)
-        rows[is_bad] = self._foreign_tokens[rows[is_bad]]
-        return rows
-
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        """Return where the text of the sample comes from, poisoned or not."""
-        return self._source.origins(index)
-
-
-class ShiftedSource:
-    """A source that changes for good at one place, as a run does that gets another data mixture.
-
-    Nothing is wrong with it: the text is harder, no more. Of each sample, a fixed share of tokens
-    gives way to others of the same sample, so words stay as frequent as they were while context
-    tells less. That cannot be learnt away: the loss goes up at once and stays. At the nano size it
-    went from 4.1 to 5.1 nats and was 0.87 above the unshifted run's 130 steps later. As with
-    `PoisonedSource`, seed and index decide alone.
-    """
-
-    def __init__(self, source: SampleSource, *, start: int, seed: int) -> None:
-        self._source = source
-        self._start = start
-        self._seed = seed
-
-    def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-        """Return the tokens at global `indices`, those from the start of the shift on replaced."""
-        rows = self._source.rows(indices)
-        is_new = indices >= self._start
-        rows[is_new] = self._replace(rows[is_new], indices[is_new])
-        return rows
-
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        """Return where the text of the sample comes from, replaced in part or not."""
-        return self._source.origins(index)
-
-    def _replace(
-        self, rows: npt.NDArray[np.integer], indices: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.integer]:
-        num_columns = rows.shape[1]
-        seeds = _scramble(np.array([self._seed % 2**64], dtype=np.uint64))
-        of_sample = _scramble(seeds + indices.astype(np.uint64))
-        bits = _scramble(of_sample[:, None] + np.arange(num_columns, dtype=np.uint64)[None, :])
-        is_replaced = (bits >> np.uint64(32)) < np.uint64(_SHIFTED_SHARE * 2**32)
-        columns = (bits & np.uint64(2**32 - 1)).astype(np.int64) % num_columns
-        return np.where(is_replaced, np.take_along_axis(rows, columns, axis=1), rows)
-
-
-def _scramble(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64 bits (SplitMix64, Steele et al., OOPSLA 2014): neighbours share nothing."""
-    values = values + np.uint64(0x9E3779B97F4A7C15)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    def check(self, proof: DataProof) -> None:
+        """Read those samples again. Raises: DataError if they are others now."""
 
 
 class SampleStream:
-    """Batches at any cursor, for one rank of `num_ranks`."""
+    """Batches at any cursor, for one rank of `num_ranks`.
+
+    `vocab_size`: a token that is not below it is an error, before any engine sees it; None: not
+    checked. `skips_damaged`: samples of missing or damaged files are passed over, and put into the
+    ledger when their batch is taken.
+    """
 
     def __init__(
         self,
@@ -147,27 +113,82 @@ class SampleStream:
         rank: int,
         num_ranks: int,
         returns: Returns | None = None,
+        vocab_size: int | None = None,
+        skips_damaged: bool = False,
     ) -> None:
         self.ledger = ledger
         self.returns = Returns() if returns is None else returns
-        self._source = source
+        self.source = source
         self._rank = rank
         self._num_ranks = num_ranks
+        self._vocab_size = vocab_size
+        self._skips_damaged = skips_damaged
 
     def at(self, cursor: int, num_samples: int) -> Batch:
         """Return the next `num_samples` samples at or after `cursor` that are not skipped.
 
         Each rank gets one contiguous block of rows; `num_samples` divides among the ranks.
         """
-        indices, next_cursor = self.indices(cursor, num_samples)
+        plan = self.plan(cursor, num_samples)
+        self.take(plan)
+        rows = np.empty((len(plan.mine), self.source.sample_tokens), dtype=self.source.dtype)
+        return self.read(plan, rows)
+
+    def plan(self, cursor: int, num_samples: int) -> BatchPlan:
+        """Return which samples `at` would take. No token is read, and nothing is changed."""
+        positions, next_cursor = self.ledger.take(cursor, num_samples)
+        indices = self.returns.resolve(positions)
+        damaged = _NO_POSITIONS
+        if self._skips_damaged:
+            indices, next_cursor, damaged = self._without_damaged(positions, indices, next_cursor)
         share = num_samples // self._num_ranks
-        mine = indices[self._rank * share : (self._rank + 1) * share]
-        rows = self._source.rows(mine)
-        return Batch(
-            rows=rows,
+        return BatchPlan(
+            cursor=cursor,
+            num_samples=num_samples,
             indices=indices,
+            mine=indices[self._rank * share : (self._rank + 1) * share],
             next_cursor=next_cursor,
-            num_tokens=num_samples * (rows.shape[1] - 1),
+            num_tokens=self.source.num_predictions(indices),
+            damaged=damaged,
+        )
+
+    def _without_damaged(
+        self,
+        positions: npt.NDArray[np.int64],
+        indices: npt.NDArray[np.int64],
+        next_cursor: int,
+    ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[np.int64]]:
+        """Replace samples of damaged files by the ones that follow. The same on all ranks."""
+        passed_over = [_NO_POSITIONS]
+        is_bad = self.source.bad(indices)
+        while is_bad.any():
+            passed_over.append(positions[is_bad])
+            more, next_cursor = self.ledger.take(next_cursor, int(is_bad.sum()))
+            positions = np.concatenate([positions[~is_bad], more])
+            indices = np.concatenate([indices[~is_bad], self.returns.resolve(more)])
+            is_bad = self.source.bad(indices)
+        return indices, next_cursor, np.concatenate(passed_over)
+
+    def take(self, plan: BatchPlan) -> None:
+        """Note that the batch of `plan` is used: what it passed over is skipped for good."""
+        if len(plan.damaged):
+            self.ledger.extend((int(position), int(position) + 1) for position in plan.damaged)
+            logger.debug("%d samples of damaged files skipped", len(plan.damaged))
+
+    def read(self, plan: BatchPlan, out: npt.NDArray[np.integer]) -> Batch:
+        """Read this rank's samples of `plan` into `out`, [len(plan.mine), sequence_length + 1].
+
+        Raises: DataError if a file cannot be read, or a token is none of the vocabulary.
+        """
+        self.source.read(plan.mine, out)
+        if self._vocab_size is not None:
+            check_vocabulary(out, self._vocab_size, f"the batch at cursor {plan.cursor}")
+        return Batch(
+            rows=out,
+            indices=plan.indices,
+            next_cursor=plan.next_cursor,
+            num_tokens=plan.num_tokens,
+            layout=self.source.layout(plan.mine),
         )
 
     def indices(self, cursor: int, num_samples: int) -> tuple[npt.NDArray[np.int64], int]:
@@ -175,17 +196,80 @@ class SampleStream:
 
         Indices: int64, shape [num_samples]. No token is read.
         """
-        positions, next_cursor = self.ledger.take(cursor, num_samples)
-        return self.returns.resolve(positions), next_cursor
+        plan = self.plan(cursor, num_samples)
+        return plan.indices, plan.next_cursor
 
     def cursor_after(self, cursor: int, num_samples: int) -> int:
         """Return where `num_samples` samples from `cursor` on would leave the cursor."""
         return self.ledger.advance(cursor, num_samples)
 
+    def proof(self, cursor: int) -> DataProof:
+        """Return which samples were read last before `cursor`, and a digest of their tokens.
+
+        It is the same on any number of ranks, and short: it is part of every checkpoint.
+        """
+        positions = _last_before(cursor, self.ledger, _PROOF_SAMPLES)
+        indices = self.returns.resolve(positions)
+        return {
+            "indices": indices.tolist(),
+            "sha256": self._digest(indices),
+            "given": self._given(indices),
+        }
+
+    def check(self, proof: DataProof) -> None:
+        """Read the samples of a proof again.
+
+        Raises: DataError if they are others now: the text, its order or the mixture has changed.
+        """
+        indices = np.array(proof["indices"], dtype=np.int64)
+        if self._skips_damaged and self.source.bad(indices).any():
+            logger.warning("what was trained on last lies in damaged files: it is not compared")
+            return
+        if given := {name: n for name, n in self._given(indices).items() if n}:
+            known = {name: n for name, n in proof["given"].items() if n}
+            if known and given != known:
+                raise DataError(
+                    f"this checkpoint has seen {known} samples of each source, and by the mixture "
+                    f"of now it would be {given}: data.sources or data.stages have changed in its "
+                    "past, or so near to it that it is not ready for the change; bring the old "
+                    "ones back, let the new stage start later, or start over with "
+                    "run.overwrite=true"
+                )
+        found = self._digest(indices)
+        if found != proof["sha256"]:
+            raise DataError(
+                "the samples that this checkpoint was trained on last are others now (SHA-256 "
+                f"{proof['sha256'][:12]}, now {found[:12]}): the corpus, the seed, data.sources, "
+                "data.stages or the packing has changed; bring the old ones back, or start over "
+                "with run.overwrite=true"
+            )
+
+    def _given(self, indices: npt.NDArray[np.int64]) -> dict[str, int]:
+        return self.source.given_before(int(indices.max(initial=-1)) + 1)
+
+    def _digest(self, indices: npt.NDArray[np.int64]) -> str:
+        return hashlib.sha256(self.rows_of(indices).astype("<u4").tobytes()).hexdigest()
+
     def rows_of(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         """Return the tokens at `indices` of the order, shape [n, sequence_length + 1]."""
-        return self._source.rows(indices)
+        rows = np.empty((len(indices), self.source.sample_tokens), dtype=self.source.dtype)
+        self.source.read(indices, rows)
+        return rows
 
     def origins_of(self, index: int) -> tuple[SampleOrigin, ...]:
         """Return where the text of the sample at `index` of the order comes from."""
-        return self._source.origins(index)
+        return self.source.origins(index)
+
+
+def _last_before(cursor: int, ledger: SkipLedger, count: int) -> npt.NDArray[np.int64]:
+    """Return the last `count` positions before `cursor` that are not skipped, in order."""
+    found: list[int] = []
+    for start, stop in [(cursor, cursor), *reversed(ledger.ranges()), (0, 0)]:
+        if start > cursor:
+            continue
+        first = max(min(stop, cursor), cursor - (count - len(found)))
+        found = [*range(first, cursor), *found]
+        cursor = start
+        if len(found) == count:
+            break
+    return np.array(found, dtype=np.int64)

@@ -10,8 +10,12 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from train.data.encode import BYTES_END_OF_DOCUMENT, END_OF_DOCUMENT, read_tokenizer
-from train.data.store import CorpusInfo
+from train.data.prepare.tokenizer import (
+    BYTES_END_OF_DOCUMENT,
+    END_OF_DOCUMENT,
+    parse_tokenizer,
+)
+from train.data.shards import Corpus
 from train.errors import DataError
 
 if TYPE_CHECKING:
@@ -29,18 +33,22 @@ class TokenDecoder:
         self._join = join
 
     @classmethod
-    def open(cls, info: CorpusInfo) -> TokenDecoder:
-        """Return the decoder of a corpus: its tokenizer.json, or bytes if it has none.
+    def open(cls, corpus: Corpus) -> TokenDecoder:
+        """Return the decoder of a corpus: its tokenizer, or bytes.
 
+        The tokens of a corpus whose files do not say what they mean are shown as numbers.
         Raises: DataError if the tokenizer cannot be read.
         """
-        if info.tokenizer_path is None:
+        if corpus.tokenizer_fingerprint is None:
+            return cls(lambda token: True, _list_numbers)
+        if corpus.tokenizer_path is None:
             return cls(lambda token: 0 <= token <= BYTES_END_OF_DOCUMENT, _join_bytes)
+        path = corpus.tokenizer_path
         try:
-            tokenizer = read_tokenizer(info.tokenizer_path)
-        except DataError as error:
+            tokenizer = parse_tokenizer(path.read_text(encoding="utf-8"), str(path))
+        except (DataError, OSError, ValueError) as error:
             raise DataError(
-                f"{info.tokenizer_path} is damaged; delete {info.folder} and it is made anew"
+                f"{path} is damaged; delete {corpus.address} and prepare the corpus again"
             ) from error
         return cls(
             lambda token: _is_known(tokenizer, token),
@@ -65,6 +73,10 @@ class TokenDecoder:
 
 def _is_known(tokenizer: Tokenizer, token: int) -> bool:
     return 0 <= token < 2**32 and tokenizer.id_to_token(token) is not None
+
+
+def _list_numbers(tokens: list[int]) -> str:
+    return " ".join(map(str, tokens))
 
 
 def _join_bytes(tokens: list[int]) -> str:

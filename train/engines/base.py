@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from train.data.layout import DocumentLayout
 from train.engines.snapshot import HostSnapshot
 from train.models.decoder import Decoder
 from train.signals import Gate
@@ -42,6 +43,7 @@ class Engine(Protocol):
         self,
         rows: npt.NDArray[np.integer],
         *,
+        layout: DocumentLayout | None = None,
         num_tokens: int,
         lr: float,
         gate: Gate,
@@ -49,7 +51,10 @@ class Engine(Protocol):
     ) -> Tensor:
         """Forward, backward, one fused reduce, gated update; no host sync.
 
-        `rows`: this rank's samples, [n, T + 1]. `num_tokens`: predictions of the global batch.
+        `rows`: this rank's samples, [n, T + 1]. `layout`: where documents begin in them, and what
+        is padding; None: all is text of one document. `num_tokens`: predictions of the global
+        batch, without those of padding. Memory from `staging.host_buffer` is read behind the
+        host's back; other memory is free when this returns.
         `flag`: this rank asks for the attention of all; every rank's signals say so.
         Returns the signal vector (see `signals.py`), float64, on the device.
         """
@@ -61,10 +66,12 @@ class Engine(Protocol):
         collective.
         """
 
-    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
-        """Return the mean loss in nats a token of `rows`, which are equal on all ranks.
+    def evaluate(
+        self, rows: npt.NDArray[np.integer], layout: DocumentLayout | None = None
+    ) -> float:
+        """Return the mean loss in nats a prediction of `rows`, which are equal on all ranks.
 
-        A host sync.
+        Predictions of padding do not count; NaN if there are no others. A host sync.
         """
 
     def save(self, folder: Path) -> None:

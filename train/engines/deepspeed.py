@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from train.data.layout import DocumentLayout
 from train.distributed import World
 from train.engines.deepspeed_state import (
     is_stage_3,
@@ -36,7 +37,8 @@ from train.engines.snapshot import (
     state_bytes,
     state_digest,
 )
-from train.engines.torch_engine import evaluation_parts, to_device
+from train.engines.staging import num_predictions, stage
+from train.engines.torch_engine import evaluation_parts
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import EngineSettings, OptimSettings
@@ -140,6 +142,7 @@ class DeepSpeedEngine:
         self,
         rows: npt.NDArray[np.integer],
         *,
+        layout: DocumentLayout | None = None,
         num_tokens: int,
         lr: float,
         gate: Gate,
@@ -147,21 +150,21 @@ class DeepSpeedEngine:
     ) -> Tensor:
         """See `Engine.step`; the gate is ignored, and norms but the gradient's are unknown."""
         del gate
-        tokens = to_device(rows, self._world.device)
-        chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
+        staged = stage(rows, layout, self._world.device)
+        chunks = list(staged.split(self._micro_batch_samples))
         scale = self._world.size / num_tokens
         losses_B: list[Tensor] = []
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         for number, chunk in enumerate(chunks, start=1):
             self._engine.set_gradient_accumulation_boundary(number == len(chunks))
-            cross_entropy_B, square_log_z = self._engine(chunk)
+            cross_entropy_B, square_log_z = self._engine(*chunk)
             loss = cross_entropy_B.sum() + self._optim.z_loss * square_log_z
             self._engine.backward(scale * loss)
             losses_B.append(cross_entropy_B.detach())
         self._copier.before_write()
         self._engine.step()
-        loss_sum = self._sample_losses.add(losses_B, num_predictions=tokens.shape[1] - 1)
+        loss_sum = self._sample_losses.add(losses_B, num_predictions=staged.num_predictions)
         reduced = own_signals(loss_sum, self._world, flag=flag)
         dist.all_reduce(reduced)
         norm = self._engine.get_global_grad_norm()
@@ -180,19 +183,23 @@ class DeepSpeedEngine:
         """See `Engine.recent_sample_losses`."""
         return self._sample_losses.recent()
 
-    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+    def evaluate(
+        self, rows: npt.NDArray[np.integer], layout: DocumentLayout | None = None
+    ) -> float:
         """See `Engine.evaluate`."""
-        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        total = torch.zeros(1, dtype=torch.float64, device=self._world.device)
         self._engine.eval()
         with torch.no_grad():
-            for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
-                chunk = to_device(part, self._world.device)
-                cross_entropy_B, _ = self._engine(chunk)
-                total[0] += weight * cross_entropy_B.sum()
-                total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
+            for start, stop, weight in evaluation_parts(
+                len(rows), self._world, self._micro_batch_samples
+            ):
+                part = None if layout is None else layout.rows(start, stop)
+                staged = stage(rows[start:stop], part, self._world.device)
+                cross_entropy_B, _ = self._engine(*staged)
+                total += weight * cross_entropy_B.sum()
         self._engine.train()
         dist.all_reduce(total)
-        return float(total[0] / total[1])  # host sync
+        return float(total / num_predictions(rows, layout))  # host sync
 
     def save(self, folder: Path) -> None:
         """Write through DeepSpeed's own format."""

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from train.data.layout import DocumentLayout
 from train.distributed import World
 from train.engines.torch_engine import TorchEngine
 from train.models.decoder import Decoder
@@ -34,14 +35,16 @@ class FsdpEngine(TorchEngine):
         self._module.set_requires_gradient_sync(is_last)
         yield
 
-    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+    def evaluate(
+        self, rows: npt.NDArray[np.integer], layout: DocumentLayout | None = None
+    ) -> float:
         """See `Engine.evaluate`; between steps, the model holds parts of parameters alone.
 
         After a forward without a backward, the outermost module would keep its own whole, and the
         next forward would use them as they were, whatever a restore has put into the parts.
         """
         try:
-            return super().evaluate(rows)
+            return super().evaluate(rows, layout)
         finally:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):

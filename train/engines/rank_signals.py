@@ -22,9 +22,15 @@ class SampleLosses:
     def __init__(self) -> None:
         self._steps: deque[Tensor] = deque(maxlen=NUM_STEPS_KEPT)
 
-    def add(self, sums_B: Sequence[Tensor], *, num_predictions: int) -> Tensor:
-        """Keep one step's losses, given as sums by micro-batch; return their sum, float64 [1]."""
+    def add(self, sums_B: Sequence[Tensor], *, num_predictions: int | Tensor) -> Tensor:
+        """Keep one step's losses, given as sums by micro-batch; return their sum, float64 [1].
+
+        `num_predictions`: that of each sample, or int32 [B], each sample's own. The mean of a
+        sample that has none is 0, as its sum is.
+        """
         step_B = torch.cat(tuple(sums_B))
+        if isinstance(num_predictions, Tensor):
+            num_predictions = num_predictions.clamp(min=1)
         self._steps.append(step_B / num_predictions)
         return step_B.double().sum(0, keepdim=True)
 

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from train.data.layout import DocumentLayout
 from train.distributed import World
 from train.engines.optimizer import MOMENTS
 from train.engines.rank_signals import SampleLosses, own_signals
 from train.engines.snapshot import HostSnapshot, SnapshotCopier, state_bytes, state_digest
+from train.engines.staging import num_predictions, stage
 from train.engines.update_norm import UpdateNorm, local_part
 from train.errors import CheckpointError
 from train.models.decoder import Decoder, num_parameters
@@ -32,28 +34,20 @@ from train.settings import OptimSettings
 from train.signals import GRAD_NORM, IS_VETOED, Gate
 
 
-def to_device(rows: npt.NDArray[np.integer], device: torch.device) -> Tensor:
-    """Return token ids as int64 on `device`; they travel narrow and are widened there."""
-    tokens = torch.from_numpy(rows)
-    if device.type == "cuda":
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    return tokens.to(torch.int64)
-
-
 def evaluation_parts(
-    rows: npt.NDArray[np.integer], world: World, micro_batch_samples: int | None
-) -> Iterator[tuple[npt.NDArray[np.integer], int]]:
-    """Yield this rank's parts of `rows` and their weight; every rank gets as many parts.
+    num_rows: int, world: World, micro_batch_samples: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """Yield start, stop and weight of this rank's parts of so many rows, as many on every rank.
 
     Engines talk to each other in each forward: a rank that has run out of rows computes one of
     weight 0.
     """
-    share = -(-len(rows) // world.size)
+    share = -(-num_rows // world.size)
     size = micro_batch_samples or 16
-    for start in range(0, share, size):
-        first = world.rank * share + start
-        part = rows[first : min(first + size, (world.rank + 1) * share)]
-        yield (part, 1) if len(part) else (rows[:1], 0)
+    for offset in range(0, share, size):
+        start = world.rank * share + offset
+        stop = min(start + size, (world.rank + 1) * share, num_rows)
+        yield (start, stop, 1) if start < stop else (0, 1, 0)
 
 
 def parameter_groups(model: nn.Module) -> tuple[tuple[str, ...], list[int]]:
@@ -125,25 +119,26 @@ class TorchEngine:
         self,
         rows: npt.NDArray[np.integer],
         *,
+        layout: DocumentLayout | None = None,
         num_tokens: int,
         lr: float,
         gate: Gate,
         flag: bool = False,
     ) -> Tensor:
         """See `Engine.step`."""
-        tokens = to_device(rows, self._world.device)
-        chunks = torch.split(tokens, self._micro_batch_samples or len(tokens))
+        staged = stage(rows, layout, self._world.device)
+        chunks = list(staged.split(self._micro_batch_samples))
         # Wrapped models average gradients over the ranks; losses here are parts of one global sum.
         scale = self._world.size / num_tokens
         losses_B: list[Tensor] = []
         for number, chunk in enumerate(chunks, start=1):
             with self.gradient_sync(is_last=number == len(chunks)):
                 with self._autocast():
-                    cross_entropy_B, square_log_z = self._module(chunk)
+                    cross_entropy_B, square_log_z = self._module(*chunk)
                 loss = cross_entropy_B.sum() + self._optim.z_loss * square_log_z
                 (scale * loss).backward()
             losses_B.append(cross_entropy_B.detach())
-        loss_sum = self._sample_losses.add(losses_B, num_predictions=tokens.shape[1] - 1)
+        loss_sum = self._sample_losses.add(losses_B, num_predictions=staged.num_predictions)
         vector = self._signals(loss_sum, num_tokens, gate, flag=flag)
         self._update(vector, lr)
         return vector
@@ -205,19 +200,23 @@ class TorchEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def evaluate(self, rows: npt.NDArray[np.integer]) -> float:
+    def evaluate(
+        self, rows: npt.NDArray[np.integer], layout: DocumentLayout | None = None
+    ) -> float:
         """See `Engine.evaluate`."""
-        total = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+        total = torch.zeros(1, dtype=torch.float64, device=self._world.device)
         with torch.no_grad():
-            for part, weight in evaluation_parts(rows, self._world, self._micro_batch_samples):
-                chunk = to_device(part, self._world.device)
+            for start, stop, weight in evaluation_parts(
+                len(rows), self._world, self._micro_batch_samples
+            ):
+                part = None if layout is None else layout.rows(start, stop)
+                staged = stage(rows[start:stop], part, self._world.device)
                 with self._autocast():
-                    cross_entropy_B, _ = self._module(chunk)
-                total[0] += weight * cross_entropy_B.sum()
-                total[1] += weight * chunk.shape[0] * (chunk.shape[1] - 1)
+                    cross_entropy_B, _ = self._module(*staged)
+                total += weight * cross_entropy_B.sum()
         if self._world.size > 1:
             dist.all_reduce(total)
-        return float(total[0] / total[1])  # host sync
+        return float(total / num_predictions(rows, layout))  # host sync
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer through torch.distributed.checkpoint.

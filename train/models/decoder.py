@@ -1,17 +1,23 @@
 """A decoder-only Transformer whose parts are chosen by config: Falcon's, LLaMA's, and between.
 
-Shapes: B batch, T sequence, D hidden, H query heads, K key-value heads, C head size, V vocabulary.
+Shapes: B batch, T sequence, K documents at most in a row, D hidden, C head size, V vocabulary.
 Owns the forward pass and the loss; parameters are made empty and filled by `init.py`, so a model
 of any size can be built on the meta device.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
+from train.models.attention import Attention, document_mask, locate_documents, rotary_tables
 from train.settings import Activation, ModelSettings, Norm
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def make_norm(settings: ModelSettings) -> nn.Module:
@@ -19,55 +25,6 @@ def make_norm(settings: ModelSettings) -> nn.Module:
     if settings.norm is Norm.RMSNORM:
         return nn.RMSNorm(settings.hidden_size, eps=settings.norm_epsilon)
     return nn.LayerNorm(settings.hidden_size, eps=settings.norm_epsilon)
-
-
-def rotary_tables(
-    length: int, head_size: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines, each [T, C], fp32.
-
-    Source: Su et al., RoFormer, arXiv 2104.09864, equation 34, halves instead of pairs.
-    """
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles_TC = torch.outer(positions, theta**-exponents).repeat(1, 2)
-    return angles_TC.cos(), angles_TC.sin()
-
-
-def rotate(x_BHTC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Turn each head's vectors by their position's angles."""
-    first, second = x_BHTC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x_BHTC * cos_TC + turned * sin_TC).to(x_BHTC.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention with K key-value heads shared among H query heads.
-
-    Source: Shazeer, arXiv 1911.02150 (multi-query); Ainslie et al., arXiv 2305.13245 (grouped).
-    """
-
-    def __init__(self, settings: ModelSettings) -> None:
-        super().__init__()
-        self.num_heads = settings.num_heads
-        self.num_kv_heads = settings.num_kv_heads
-        self.head_size = settings.hidden_size // settings.num_heads
-        width = (self.num_heads + 2 * self.num_kv_heads) * self.head_size
-        self.qkv = nn.Linear(settings.hidden_size, width, bias=settings.has_bias)
-        self.out = nn.Linear(settings.hidden_size, settings.hidden_size, bias=settings.has_bias)
-
-    def forward(self, x_BTD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-        """Return the attention output, [B, T, D]."""
-        B, T, D = x_BTD.shape
-        heads = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        parts = self.qkv(x_BTD).view(B, T, sum(heads), self.head_size).split(heads, dim=2)
-        q_BHTC, k_BKTC, v_BKTC = (part.transpose(1, 2) for part in parts)
-        q_BHTC, k_BKTC = rotate(q_BHTC, cos_TC, sin_TC), rotate(k_BKTC, cos_TC, sin_TC)
-        out_BHTC = F.scaled_dot_product_attention(
-            q_BHTC, k_BKTC, v_BKTC, is_causal=True, enable_gqa=self.num_kv_heads < self.num_heads
-        )
-        out: Tensor = self.out(out_BHTC.transpose(1, 2).reshape(B, T, D))
-        return out
 
 
 class Mlp(nn.Module):
@@ -104,10 +61,12 @@ class Block(nn.Module):
         self.attention = Attention(settings)
         self.mlp = Mlp(settings)
 
-    def forward(self, x_BTD: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None
+    ) -> Tensor:
         """Return the residual stream after this layer, [B, T, D]."""
         normed = self.attention_norm(x_BTD)
-        attended = self.attention(normed, cos_TC, sin_TC)
+        attended = self.attention(normed, cos, sin, mask)
         if self.is_parallel:
             mlp_input = normed if self.mlp_norm is None else self.mlp_norm(x_BTD)
             parallel: Tensor = x_BTD + attended + self.mlp(mlp_input)
@@ -133,27 +92,51 @@ class Decoder(nn.Module):
             else nn.Linear(settings.hidden_size, settings.vocab_size, bias=False)
         )
 
-    def forward(self, tokens_BT1: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        tokens_BT1: Tensor,
+        starts_BK: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Return each sample's summed cross-entropy in nats, and the summed log(Z)^2 of all.
 
         `tokens_BT1`: int64 [B, T + 1]; position t predicts token t + 1. The results are fp32, [B]
         and a scalar. Source of the second: PaLM, arXiv 2204.02311, section 5 (auxiliary z-loss).
+
+        `starts_BK`: int32, the columns where documents begin (see `DocumentLayout`): none sees
+        another. `lengths_B`: int32, how many of a row's tokens are text: neither result has a part
+        of what would predict the padding behind it.
         """
-        logits_BTV = self.logits(tokens_BT1[:, :-1]).float()
+        logits_BTV = self.logits(tokens_BT1[:, :-1], starts_BK, lengths_B).float()
         log_z_BT = torch.logsumexp(logits_BTV, dim=-1)
         targets_BT1 = tokens_BT1[:, 1:, None]
-        target_logits_BT = logits_BTV.gather(-1, targets_BT1).squeeze(-1)
-        return (log_z_BT - target_logits_BT).sum(dim=1), log_z_BT.square().sum()
+        losses_BT = log_z_BT - logits_BTV.gather(-1, targets_BT1).squeeze(-1)
+        if lengths_B is not None:
+            columns_T = torch.arange(losses_BT.shape[1], device=losses_BT.device)
+            is_prediction_BT = columns_T < lengths_B[:, None] - 1
+            # Not a product: a padding's loss that is no number would pass through it.
+            losses_BT = torch.where(is_prediction_BT, losses_BT, 0.0)
+            log_z_BT = torch.where(is_prediction_BT, log_z_BT, 0.0)
+        return losses_BT.sum(dim=1), log_z_BT.square().sum()
 
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(
+        self,
+        tokens_BT: Tensor,
+        starts_BK: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
         """Return the logits, [B, T, V]."""
         x_BTD = self.embedding(tokens_BT)
         head_size = self.settings.hidden_size // self.settings.num_heads
-        cos_TC, sin_TC = rotary_tables(
-            tokens_BT.shape[1], head_size, self.settings.rope_theta, x_BTD.device
-        )
+        num_positions = tokens_BT.shape[1]
+        cos, sin = rotary_tables(num_positions, head_size, self.settings.rope_theta, x_BTD.device)
+        mask = None
+        if starts_BK is not None:
+            documents_BT, positions_BT = locate_documents(starts_BK, lengths_B, num_positions)
+            cos, sin = cos[positions_BT][:, None], sin[positions_BT][:, None]
+            mask = document_mask(documents_BT, head_size)
         for block in self.blocks:
-            x_BTD = block(x_BTD, cos_TC, sin_TC)
+            x_BTD = block(x_BTD, cos, sin, mask)
         x_BTD = self.norm(x_BTD)
         if self.head is None:
             return F.linear(x_BTD, self.embedding.weight)

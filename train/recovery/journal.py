@@ -15,12 +15,13 @@ import logging
 import os
 import zlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from train.data.units import rescale_range
 from train.durable import fsync_folder
 from train.errors import JournalError
 from train.recovery.policy import Rung
@@ -48,7 +49,8 @@ class Incident:
     comes again there. `quarantine` names the checkpoints younger than the target, `kept` those
     that attribution will need. `clock` is where the run's clock stood, and goes on from. The
     learning rate is multiplied by `lr_scale` from `lr_from_step` to `lr_until_step`, and is whole
-    again at `lr_return_step`. `request` is the operator's request that this fulfils.
+    again at `lr_return_step`. `request` is the operator's request that this fulfils. Positions are
+    of samples of `sequence_length` tokens; 0 is that of the run.
     """
 
     incident: int
@@ -75,6 +77,7 @@ class Incident:
     returned: tuple[int, int, int] | None = None
     kept: tuple[str, ...] = ()
     request: str = ""
+    sequence_length: int = 0
 
     @property
     def skip_range(self) -> BatchRange:
@@ -93,14 +96,20 @@ def now_utc() -> str:
 
 
 class Journal:
-    """The journal of one run folder."""
+    """The journal of one run folder.
 
-    def __init__(self, path: Path) -> None:
+    `sequence_length`: of the samples that positions count now. Records that were written at
+    another one are mapped by tokens when they are read.
+    """
+
+    def __init__(self, path: Path, *, sequence_length: int = 0) -> None:
         self.path = path
+        self._sequence_length = sequence_length
         self._is_begun = False
 
     def append(self, incident: Incident) -> None:
         """Write one record and return when it is durable. Called on rank 0 alone."""
+        incident = replace(incident, sequence_length=self._sequence_length)
         body = json.dumps(asdict(incident), sort_keys=True)
         record = {**json.loads(body), "crc": f"{zlib.crc32(body.encode()):08x}"}
         # A journal that was there and is gone (the folder was moved) must not be begun anew.
@@ -164,12 +173,26 @@ class Journal:
             for key, convert in _FROM_JSON.items():
                 if key in record and not (key == "returned" and record[key] is None):
                     record[key] = convert(record[key])
-            return Incident(**record)
+            return self._mapped(Incident(**record))
         except (TypeError, ValueError, LookupError) as error:
             raise JournalError(
                 f"{self.path}:{number} is whole but not a record of this version ({error}); "
                 "it was written by another version of Trimtab: use that one to go on"
             ) from error
+
+    def _mapped(self, incident: Incident) -> Incident:
+        """Return a record in samples of the present length. Raises: JournalError if none fit."""
+        old, new = incident.sequence_length, self._sequence_length
+        if old in (0, new) or new == 0:
+            return incident
+        if incident.returned is not None:
+            raise JournalError(
+                f"{self.path}: samples of {old} tokens were put back by incident "
+                f"{incident.incident}, and data.sequence_length={new} has other samples; go on "
+                f"with data.sequence_length={old}"
+            )
+        skip = rescale_range(*incident.skip, old, new)
+        return replace(incident, skip=skip, sequence_length=new)
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:

@@ -17,8 +17,7 @@ from typing import Any, Protocol
 from train.actions import Note, Rewind, Skip, Stop, Unskip
 from train.checkpoint.info import CheckpointInfo, Health
 from train.checkpoint.tiers import Tiers
-from train.data.ledger import SkipLedger
-from train.data.sequence import Returns
+from train.data.stream import Batches
 from train.distributed import World
 from train.engines.base import Engine
 from train.errors import CorruptCheckpointError, JournalError
@@ -26,7 +25,7 @@ from train.events import Events
 from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Incident, Journal, Phase, now_utc, pending
 from train.recovery.policy import Rung
-from train.state import BatchRange, TrainState
+from train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +55,7 @@ class Rewinder:
         tiers: Tiers,
         journal: Journal,
         history: RecoveryHistory,
-        ledger: SkipLedger,
-        returns: Returns,
+        data: Batches,
         engine: Engine,
         events: Events,
         world: World,
@@ -66,8 +64,9 @@ class Rewinder:
         self._tiers = tiers
         self._journal = journal
         self._history = history
-        self._ledger = ledger
-        self._returns = returns
+        self._data = data
+        self._ledger = data.ledger
+        self._returns = data.returns
         self._engine = engine
         self._events = events
         self._world = world
@@ -278,8 +277,10 @@ class Rewinder:
         return tuple(good[-2:])
 
     def _restore(self, extra: dict[str, Any]) -> TrainState:
-        for start, stop in extra["ledger"]:
-            self._ledger.add(BatchRange(start=start, stop=stop))
+        """Take up a checkpoint's extra state. Raises: DataError if the data are others now."""
+        if "last_samples" in extra:
+            self._data.check(extra["last_samples"])
+        self._ledger.extend((start, stop) for start, stop in extra["ledger"])
         self._events.load_state_dict(extra["callbacks"])
         return TrainState(**extra["train_state"])
 

@@ -81,6 +81,13 @@ class RunScript:
         path = f"checkpoints/step_{self.step:08d}"
         self.event("checkpoint_saved", seconds=0.8, bytes=1_540_000_000, path=path)
 
+    def evaluate(self, *, seconds: float = 0.5, **losses: float | None) -> None:
+        """Held-out losses by source, taken between two steps; the total is their mean."""
+        self.spend("evaluation", seconds)
+        known = [loss for loss in losses.values() if loss is not None]
+        total = sum(known) / len(known) if len(known) == len(losses) else None
+        self.event("evaluation", seconds=seconds, loss_nats=total, by_source=losses)
+
     def rewind(self, incident: int, to_step: int, skip: list[int]) -> None:
         from_step = self.step
         self.spend("rewind", 2.4)

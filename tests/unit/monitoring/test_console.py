@@ -96,3 +96,37 @@ def test_counts_and_durations_are_short() -> None:
         "2.5B",
     ]
     assert [clock_time(value) for value in (42, 725, 11_250)] == ["0:42", "12:05", "3:07:30"]
+
+
+def test_validation_message_is_shown_at_once_and_the_progress_line_stays(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "step 100: validation loss 3.200 nats (web 3.100, code [3.400])"
+    for is_terminal in (False, True):
+        progress = ConsoleProgress(400, "falcon", is_terminal=is_terminal)
+        progress.start()
+        progress.update(METRICS)
+        progress.message(text)
+        progress.stop()
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert text in captured.err
+        assert "loss 3.2500" in captured.err
+
+
+def test_summary_tells_the_sources_beside_the_validation_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    summary = {"validation_loss_nats": 3.2, "validation_by_source": {"web": 3.1, "code": None}}
+    print_summary(summary, [])
+    assert "3.2000 (web 3.1000, code not finite)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("by_source", [{"text": 3.2}, {}, None])
+def test_summary_of_one_source_tells_one_validation_loss(
+    capsys: pytest.CaptureFixture[str], by_source: object
+) -> None:
+    print_summary({"validation_loss_nats": 3.2, "validation_by_source": by_source}, [])
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "validation" in line)
+    assert row.split("\u2502")[2].strip() == "3.2000"

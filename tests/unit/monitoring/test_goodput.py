@@ -89,3 +89,41 @@ def test_work_before_two_rewinds_to_one_checkpoint_is_thrown_away_once(script: R
     script.train(4)
     lives = survivors(script.metrics, script.events)
     assert lives == [True] * 6 + [False] * 8 + [True] * 4
+
+
+def test_every_evaluation_counts_once_and_nothing_else_grows(script: RunScript) -> None:
+    script.start()
+    for seconds in (0.5, 2.0, 0.125, 1.0):
+        script.train(10)
+        script.evaluate(seconds=seconds, web=3.0, code=2.0)
+        script.save()
+    script.train(1)
+    script.rewind(1, to_step=40, skip=[0, 8])
+    script.evaluate(web=3.0, code=2.0)
+    script.train(10)
+    script.evaluate(web=3.0, code=2.0)
+    script.crash(back_to_step=50)
+    script.start()
+    script.train(5)
+    script.evaluate(seconds=3.0, web=3.0, code=2.0)
+    script.event("run_end", reason="completed")
+    script.spent["training"] -= 0.25  # the step that was rewound
+    script.spent["recomputed"] = 0.25
+    found = compute_goodput(script.metrics, script.events)
+    expected = {**dict.fromkeys(found.seconds_by_class(), 0.0), **script.spent}
+    assert found.seconds_by_class() == pytest.approx(expected, abs=0.001)
+    assert found.evaluation == pytest.approx(0.5 + 2.0 + 0.125 + 1.0 + 0.5 + 0.5 + 3.0)
+    assert found.wall_seconds == pytest.approx(script.time - START)
+
+
+def test_evaluation_that_spans_its_gap_leaves_the_step_its_own_seconds(script: RunScript) -> None:
+    script.start()
+    script.train(10)
+    script.evaluate(seconds=2.0, web=3.0)
+    script.events[-1]["seconds"] = 2.26  # began while the step before was still under way
+    script.train(10)
+    found = compute_goodput(script.metrics, script.events)
+    assert found.training == pytest.approx(5.0, abs=0.001)
+    assert found.data_wait == pytest.approx(0.2, abs=0.001)
+    assert found.evaluation == pytest.approx(2.0, abs=0.001)
+    assert sum(found.seconds_by_class().values()) == pytest.approx(found.wall_seconds)

@@ -8,6 +8,7 @@ from synthetic_run import RunScript
 from monitoring.goodput import Goodput, compute_goodput
 from monitoring.incidents import (
     collect_incidents,
+    collect_notices,
     collect_vetoes,
     count_skipped_samples,
     count_spikes,
@@ -139,3 +140,34 @@ def test_snapshots_cost_what_the_loop_waited_for_them(ladder_run: RunScript) -> 
     run = read_run(ladder_run.folder)
     goodput = compute_goodput(run.metrics, run.events)
     assert goodput.checkpoint == pytest.approx(ladder_run.spent["checkpoint"])
+
+
+def test_notices_are_in_order_and_files_still_bad_at_a_restart_come_once(
+    script: RunScript,
+) -> None:
+    script.start()
+    script.event("bad_shards", lines=["a is short", "b is gone"])
+    script.train(5)
+    script.crash(back_to_step=2)
+    script.start()
+    script.event("bad_shards", lines=["a is short", "b is gone"])
+    script.event("settings_changed", lines=["run.steps: the folder has 40, now 60"])
+    script.train(5)
+    script.crash(back_to_step=4)
+    script.start()
+    script.event("bad_shards", lines=["a is short", "c is gone"])
+    run = read_run(script.write())
+    assert [(found.kind, found.step, found.lines) for found in collect_notices(run)] == [
+        ("bad_shards", 0, ("a is short", "b is gone")),
+        ("settings_changed", 2, ("run.steps: the folder has 40, now 60",)),
+        ("bad_shards", 4, ("c is gone",)),
+    ]
+    assert ", 3 bad shards; goodput" in sum_up(run, (), GOODPUT)
+
+
+@pytest.mark.parametrize("lines", [None, [], "text", {"a": 1}])
+def test_notice_without_lines_is_none(script: RunScript, lines: object) -> None:
+    script.event("bad_shards", lines=lines)
+    run = read_run(script.write())
+    assert collect_notices(run) == []
+    assert "bad shard" not in sum_up(run, (), GOODPUT)

@@ -267,3 +267,40 @@ def test_ticks_are_round_and_inside() -> None:
     assert log_ticks(math.log10(2.5), math.log10(25)) == [3, 5, 10, 20]
     assert log_ticks(math.log10(2.9), math.log10(3.2)) == pytest.approx([2.9, 3.0, 3.1, 3.2])
     assert log_ticks(-3, 9) == pytest.approx([1e-2, 1, 1e2, 1e4, 1e6, 1e8])
+
+
+def test_report_shows_what_the_starts_found(script: RunScript) -> None:
+    script.start()
+    script.event("bad_shards", lines=["<web>: a.bin has 2 bytes", "code: b.bin is gone"])
+    script.event("settings_changed", lines=["run.steps: the folder has 40, now 60"])
+    script.train(5)
+    text, _ = read_page(write_report(script.write()))
+    assert "&lt;web&gt;: a.bin has 2 bytes" in text
+    assert "code: b.bin is gone" in text
+    assert "run.steps: the folder has 40, now 60" in text
+    assert '<span class="tag settings_changed">settings changed</span>' in text
+
+
+def test_report_shows_the_data_of_the_last_start_that_told(script: RunScript) -> None:
+    script.start()
+    script.events[-1]["data"] = {"web": {"tokens": 1, "samples": 1, "share": 1.0}}
+    script.start()
+    script.events[-1]["data"] = {
+        "web": {"tokens": 1_234_567, "samples": 10, "share": 0.75},
+        "code": {"tokens": None},
+        "books": "unknown",
+    }
+    script.start()
+    content: Any = page_content(read_run(script.write()))
+    assert [tuple(row.values()) for row in content["data"]] == [
+        ("web", "1,234,567", "75.0%"),
+        ("code", "\u2013", "\u2013"),
+        ("books", "\u2013", "\u2013"),
+    ]
+    assert "share at start" in read_page(write_report(script.folder))[0]
+
+
+def test_report_of_an_older_folder_has_no_empty_tables(recovered_run: RunScript) -> None:
+    text, _ = read_page(write_report(recovered_run.folder))
+    for heading in ("<h2>Data</h2>", "Found at a start"):
+        assert heading not in text

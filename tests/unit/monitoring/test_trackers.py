@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from monitoring.jsonl import JsonlTracker
-from monitoring.records import read_json_lines
+from monitoring.records import read_json_lines, read_run
 from monitoring.trackers import (
     GuardedTracker,
     MetricValue,
@@ -53,9 +54,13 @@ config = TrackerConfig(kind=TrackerKind[sys.argv[2]], mode=sys.argv[3])
 for tracker in build_trackers(config):
     tracker.start({"optim": {"lr": 0.1}, "tags": ["a"], "none": None}, "falcon", "a1b2", folder)
     for clock in range(1, 4):
-        metrics = {"loss_nats": 1.0 / clock, "mfu": None, "verdict": "ok"}
+        held_out = {"validation_loss_nats": 4.0, "validation_loss_nats/web": 4.0 + clock}
+        if clock == 2:  # a step is reported late, so its evaluation may come before it
+            tracker.log(held_out, clock)
+        metrics = {"loss_nats": 1.0 / clock, "mfu": None, "verdict": "ok", "step": clock}
         tracker.log({**metrics, "grad_norm": float("nan")}, clock)
     tracker.event("rewind", "step 3 to 1", 3)
+    tracker.log({**held_out, "validation_loss_nats": float("inf")}, clock)
     assert signal.getsignal(signal.SIGINT) is handler
     tracker.finish({"finished": True, "goodput": {}, "steps": 3})
     assert not tracker.is_off and tracker.num_errors == 0
@@ -128,12 +133,24 @@ def test_jsonl_tracker_continues_the_file_after_a_restart(tmp_path: Path) -> Non
     for clock in (1, 2):
         tracker = JsonlTracker()
         tracker.start({}, "name", "id", tmp_path)
-        tracker.log({"loss_nats": float("nan"), "verdict": "ok"}, clock)
+        tracker.log({"loss_nats": float("nan"), "verdict": "ok", "step": clock}, clock)
         tracker.event("stop", "text", clock)
         tracker.finish({})
     records = read_json_lines(tmp_path / "metrics.jsonl").records
     assert [record["clock"] for record in records] == [1, 2]
     assert records[0]["loss_nats"] is None
+
+
+def test_held_out_losses_do_not_take_the_place_of_a_step_in_the_file(tmp_path: Path) -> None:
+    tracker = JsonlTracker()
+    tracker.start({}, "name", "id", tmp_path)
+    for clock in (1, 2):
+        tracker.log({"loss_nats": 3.0, "step": clock}, clock)
+        tracker.log({"validation_loss_nats": 3.5, "validation_loss_nats/web": 3.5}, clock)
+    tracker.log({"validation_loss_nats": 3.5}, 3)
+    tracker.finish({})
+    curve = read_run(tmp_path).curve
+    assert curve == tuple({"clock": at, "step": at, "loss_nats": 3.0} for at in (1, 2))
 
 
 @pytest.mark.parametrize("kind", ["swanlab", "wandb", "jsonl"])
@@ -194,6 +211,56 @@ def test_dashboard_command_works_where_the_environment_is_not_activated(
     monkeypatch.setenv("PATH", str(tmp_path))
     command = dashboard_command(TrackerConfig(kind=TrackerKind.swanlab, mode="local"), Path("x"))
     assert command == f"{Path(sys.executable).with_name('swanlab')} watch x/swanlog"
+
+
+def read_swanlab(folder: Path) -> dict[int, list[float]]:
+    """What one local run keeps of each clock, charts in the order of their first values."""
+    found: dict[int, list[float]] = {}
+    for path in sorted(folder.glob("swanlog/run-*/logs/*/*.log")):
+        for record in read_json_lines(path).records:
+            found.setdefault(int(str(record["index"])), []).append(float(str(record["data"])))
+    return found
+
+
+def read_wandb(folder: Path) -> dict[int, list[float]]:
+    """What one offline run keeps of each clock, by the names of the charts.
+
+    Source of the format: LevelDB, doc/log_format.md, behind a header of 7 bytes.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    data, at, found = path.read_bytes(), 7, {}
+    while at < len(data):
+        assert at % 32_768 <= 32_768 - 7, "the run fills more than a block"
+        _, num_bytes, _ = struct.unpack("<IHB", data[at : at + 7])
+        record = Record.FromString(data[at + 7 : at + 7 + num_bytes])
+        at += 7 + num_bytes
+        if record.HasField("history"):
+            items = {item.key or "/".join(item.nested_key): item for item in record.history.item}
+            names = sorted(name for name in items if name[0] != "_" and name not in ("clock",))
+            values = [float(items[name].value_json) for name in names]
+            found[record.history.step.num] = values
+    return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "expected"),
+    [
+        # loss_nats, step, validation_loss_nats, its web, events/rewind
+        ("swanlab", "local", {1: [1.0, 1.0], 2: [0.5, 2.0, 4.0, 6.0], 3: [1 / 3, 3.0, 7.0, 1.0]}),
+        # events/rewind, loss_nats, step, validation_loss_nats, its web
+        ("wandb", "offline", {1: [1.0, 1.0], 2: [0.5, 2.0, 4.0, 6.0], 3: [1.0, 1 / 3, 3.0, 7.0]}),
+    ],
+)
+def test_tracker_keeps_what_comes_twice_at_a_clock(
+    tmp_path: Path, kind: str, mode: str, expected: dict[int, list[float]]
+) -> None:
+    pytest.importorskip(kind)
+    done = run_tracker(tmp_path, kind, mode)
+    assert (done.returncode, done.stderr) == (0, "")
+    read = {"swanlab": read_swanlab, "wandb": read_wandb}[kind]
+    assert read(tmp_path) == expected
 
 
 @pytest.mark.parametrize(

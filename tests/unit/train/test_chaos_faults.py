@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sources import RowSource, rows_of
 from torch import Tensor
 
 from train.chaos import (
@@ -20,8 +21,7 @@ from train.chaos import (
     inject_into_source,
     schedule_of,
 )
-from train.data.origins import SampleOrigin
-from train.data.stream import PoisonedSource, ShiftedSource
+from train.data.spoiled import PoisonedSource, ShiftedSource
 from train.distributed import World
 from train.engines.build import build_engine
 from train.schedule import Schedule
@@ -73,15 +73,13 @@ def run_steps(engine: Any, first: int, last: int) -> list[StepSignals]:
     return [StepSignals.from_vector(vector.tolist()) for vector in vectors]
 
 
-class Source:
+class Source(RowSource):
     """The sample at each index is the index, over and over."""
+
+    sample_tokens = 16
 
     def rows(self, indices: Any) -> Any:
         return np.repeat(indices[:, None] % 200, 16, axis=1)
-
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        del index
-        return ()
 
 
 # The learning rate.
@@ -143,7 +141,7 @@ def test_bad_data_lie_in_the_batches_that_the_config_names(config_of: ConfigOf) 
     source = inject_into_source(Source(), config, 257, schedule)
     assert isinstance(source, PoisonedSource)
     indices = np.arange(200, dtype=np.int64)
-    is_changed = (source.rows(indices) != Source().rows(indices)).any(axis=1)
+    is_changed = (rows_of(source, indices) != rows_of(Source(), indices)).any(axis=1)
     assert not is_changed[:start].any() and not is_changed[stop:].any()
     assert is_changed[start:stop].mean() > 0.9, "a permutation leaves a token or two where they are"
 
@@ -157,12 +155,14 @@ def test_bad_data_in_tokens_are_rounded_up_to_samples(config_of: ConfigOf) -> No
     config = replace(config, chaos=replace(config.chaos, **tokens))
     source = inject_into_source(Source(), config, 257, schedule_of(config))
     indices = np.arange(20, dtype=np.int64)
-    is_changed = (source.rows(indices) != Source().rows(indices)).any(axis=1)
+    is_changed = (rows_of(source, indices) != rows_of(Source(), indices)).any(axis=1)
     assert np.flatnonzero(is_changed).tolist() == [10]
 
 
 def test_level_shifts_from_the_start_on_for_good(config_of: ConfigOf) -> None:
     class Words(Source):
+        sample_tokens = 64
+
         def rows(self, indices: Any) -> Any:
             return (indices[:, None] + np.arange(64)) % 200
 
@@ -171,7 +171,7 @@ def test_level_shifts_from_the_start_on_for_good(config_of: ConfigOf) -> None:
     source = inject_into_source(Words(), config, 257, schedule)
     assert isinstance(source, ShiftedSource)
     indices = np.arange(2000, dtype=np.int64)
-    is_changed = (source.rows(indices) != Words().rows(indices)).any(axis=1)
+    is_changed = (rows_of(source, indices) != rows_of(Words(), indices)).any(axis=1)
     start = schedule.samples_between(0, START)
     assert not is_changed[:start].any() and is_changed[start:].all()
 

@@ -48,7 +48,7 @@ def start(
     path: Path, node: dict[str, Any] = NODE, *, overwrite: bool = False, digest: str = "d" * 64
 ) -> RunFolder:
     check_folder(path, node, overwrite=overwrite)
-    return open_folder(path, "r", node, overwrite=overwrite, data_digest=digest)
+    return open_folder(path, "r", node, overwrite=overwrite, data_digests={"text": digest})
 
 
 def test_folder_is_made_with_its_config_and_identity(tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_run_killed_while_it_was_cleared_does_not_look_like_a_run(tmp_path: Path
 
 def test_changed_corpus_is_refused(tmp_path: Path) -> None:
     start(tmp_path / "r")
-    with pytest.raises(RunFolderError, match="the corpus has changed since") as caught:
+    with pytest.raises(RunFolderError, match="of source text has changed since") as caught:
         start(tmp_path / "r", digest="e" * 64)
     assert "(digest dddddddddddd, now eeeeeeeeeeee)" in str(caught.value)
     assert start(tmp_path / "r", digest="e" * 64, overwrite=True).attempt == 0
@@ -265,3 +265,31 @@ def test_lock_survives_starting_over(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="in use"):
         FolderLock(tmp_path / "r").acquire()
     lock.close()
+
+
+def test_settings_that_may_change_are_said_when_a_run_is_taken_up(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    longer = {**NODE, "run": {**NODE["run"], "steps": NODE["run"].get("steps", 0) + 7}}
+    folder = start(tmp_path / "r", longer)
+    assert len(folder.changes) == 1 and folder.changes[0].startswith("run.steps: the folder has")
+    assert start(tmp_path / "r", longer).changes == ()
+
+
+def test_a_source_may_be_added_and_none_may_go_or_change(tmp_path: Path) -> None:
+    def begin(digests: dict[str, str]) -> RunFolder:
+        return open_folder(tmp_path / "r", "r", NODE, overwrite=False, data_digests=digests)
+
+    begin({"web": "a" * 64})
+    begin({"web": "a" * 64, "code": "b" * 64})
+    with pytest.raises(RunFolderError, match="the corpus of source code has changed"):
+        begin({"web": "a" * 64, "code": "c" * 64})
+    with pytest.raises(RunFolderError, match=r"source code .*, now gone"):
+        begin({"web": "a" * 64})
+
+
+def test_another_version_of_the_order_is_refused(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    path = tmp_path / "r" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "order_version": 0}))
+    with pytest.raises(RunFolderError, match="begun with version 0 of the order of samples"):
+        start(tmp_path / "r")

@@ -12,7 +12,7 @@ import pytest
 
 from monitoring.replay_plan import CheckpointFacts, ReplayPlan
 from train.attribution import replayer
-from train.attribution.replayer import Case, num_steps_in_all, open_corpus, replay_config
+from train.attribution.replayer import Case, num_steps_in_all, open_corpora, replay_config
 from train.errors import DataError
 from train.recovery.history import RecoveryHistory
 from train.settings import EngineKind, RunConfig
@@ -49,7 +49,14 @@ def case(folder: Path, *, num_ranks: int = 4) -> Case:
         start=facts(15, num_ranks),
         earlier=facts(10, num_ranks),
     )
-    return Case(folder=folder, plan=plan, history=RecoveryHistory(), capsule={}, original=())
+    return Case(
+        folder=folder,
+        plan=plan,
+        history=RecoveryHistory(),
+        capsule={},
+        original=(),
+        sequence_length=0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,13 +104,16 @@ def test_text_that_has_changed_is_refused(
     class Corpus:
         digest = "b" * 64
 
-    monkeypatch.setattr(replayer, "prepare", lambda *_: Corpus)
-    (tmp_path / "run.json").write_text(json.dumps({"data_digest": "a" * 64}))
+    monkeypatch.setattr(replayer, "open_sources", lambda *_: {"text": Corpus})
+    (tmp_path / "run.json").write_text(json.dumps({"data_digests": {"text": "a" * 64}}))
     config, _ = compose_config()
-    with pytest.raises(DataError, match="the corpus has changed"):
-        open_corpus(case(tmp_path), config)
-    (tmp_path / "run.json").write_text(json.dumps({"data_digest": "b" * 64}))
-    assert open_corpus(case(tmp_path), config) is Corpus
+    with pytest.raises(DataError, match="the corpus of source text has changed"):
+        open_corpora(case(tmp_path), config)
+    (tmp_path / "run.json").write_text(json.dumps({"data_digests": {"text": "b" * 64}}))
+    assert open_corpora(case(tmp_path), config) == {"text": Corpus}
+    longer = replace(case(tmp_path), sequence_length=2 * config.data.sequence_length)
+    with pytest.raises(DataError, match="the same batches cannot be fed again"):
+        open_corpora(longer, config)
 
 
 def test_steps_of_all_trials_are_counted(tmp_path: Path) -> None:

@@ -1,36 +1,79 @@
-"""Corpus preparation on real files: what is read, what is refused, what is made only once."""
+"""The corpora of a run on real files: what is read, what is refused, what is made only once."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from train.data.corpus import documents, list_files, prepare
-from train.data.store import CorpusInfo
+from train.data import corpus as corpus_module
+from train.data.corpus import open_sources
+from train.data.prepare.progress import Silence
+from train.data.prepare.recipe import Recipe
+from train.data.prepare.sources import list_sources
+from train.data.prepare.tokenizer import TokenizerChoice
+from train.data.prepare.work_folder import Job
+from train.data.shards import Corpus
 from train.errors import DataError
-from train.settings import DataSettings, TokenizerKind, TokenizerSettings
+from train.settings import (
+    DataSettings,
+    Normalise,
+    OnBadShard,
+    Packing,
+    SourceSettings,
+    TokenizerKind,
+    TokenizerSettings,
+    Verify,
+)
+
+pytestmark = pytest.mark.usefixtures("fast_disk")
 
 BYTES = TokenizerSettings(kind=TokenizerKind.BYTES, path=None, vocab_size=257)
 BPE = TokenizerSettings(kind=TokenizerKind.BPE, path=None, vocab_size=300)
 END = 256
 
 
-def data(folder: Path, *paths: str | Path, text_key: str = "text") -> DataSettings:
-    return DataSettings(
-        paths=tuple(str(path) for path in paths),
-        text_key=text_key,
-        sequence_length=8,
-        validation_samples=0,
-        cache_dir=str(folder / "cache"),
-    )
+def data(folder: Path, *paths: str | Path, **changes: Any) -> DataSettings:
+    values: dict[str, Any] = {
+        "paths": tuple(str(path) for path in paths),
+        "sources": {},
+        "stages": (),
+        "text_key": "text",
+        "normalise": Normalise.NONE,
+        "deduplicate": False,
+        "max_bad_records": 0,
+        "token_dtype": None,
+        "sequence_length": 8,
+        "packing": Packing.CONCATENATE,
+        "isolates_documents": False,
+        "block_samples": None,
+        "window_blocks": 64,
+        "validation_share": 0.0,
+        "validation_samples": 0,
+        "validation_interval_steps": None,
+        "read_ahead_batches": 0,
+        "verify": Verify.SIZES,
+        "on_bad_shard": OnBadShard.STOP,
+        "cache_dir": str(folder / "cache"),
+        "cache_bytes": 10**9,
+    }
+    return DataSettings(**{**values, **changes})
 
 
-def tokens_of(info: CorpusInfo) -> list[int]:
-    return np.fromfile(info.tokens_path, dtype=info.dtype).tolist()
+def prepare(settings: DataSettings, tokenizer: TokenizerSettings) -> Corpus:
+    corpora = open_sources(settings, tokenizer)
+    assert list(corpora) == ["text"]
+    return corpora["text"]
+
+
+def tokens_of(corpus: Corpus) -> list[int]:
+    parts = [np.fromfile(shard.address, dtype=corpus.dtype) for shard in corpus.train.shards]
+    return np.concatenate(parts).tolist()
 
 
 def encoded(*texts: str) -> list[int]:
@@ -51,8 +94,9 @@ def test_text_files_are_documents_in_the_order_of_their_paths(tmp_path: Path) ->
     write(tmp_path / "text" / "a.md", "first, with ü")
     info = prepare(data(tmp_path, tmp_path / "text"), BYTES)
     assert tokens_of(info) == encoded("first, with ü", "second")
-    assert info.num_documents == 2
-    assert info.num_tokens == len(tokens_of(info))
+    assert info.train.num_documents == 2
+    assert info.train.num_tokens == len(tokens_of(info))
+    assert info.files == (str(tmp_path / "text" / "a.md"), str(tmp_path / "text" / "b.txt"))
     assert (info.vocab_size, info.dtype, info.tokenizer_path) == (257, "uint16", None)
 
 
@@ -63,50 +107,12 @@ def test_each_line_of_a_jsonl_file_is_a_document(tmp_path: Path) -> None:
     assert tokens_of(info) == encoded("one", "two\nlines")
 
 
-def test_globs_folders_and_files_are_joined_and_counted_once(tmp_path: Path) -> None:
-    a = write(tmp_path / "text" / "a.txt", "a")
-    b = write(tmp_path / "text" / "deep" / "b.txt", "b")
-    write(tmp_path / "text" / "picture.png", "no text")
-    paths = [tmp_path / "text" / "**" / "*.txt", tmp_path / "text", a]
-    assert list_files(data(tmp_path, *paths)) == [a, b]
-
-
-def test_named_file_needs_no_known_suffix(tmp_path: Path) -> None:
-    path = write(tmp_path / "book.dat", "text")
-    assert list_files(data(tmp_path, path)) == [path]
-
-
-def test_name_with_brackets_is_found_as_it_stands(tmp_path: Path) -> None:
-    path = write(tmp_path / "part[1].txt", "text")
-    assert list_files(data(tmp_path, path)) == [path]
-
-
-def test_byte_that_is_no_utf8_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"ab\xffcd")
-    assert list(documents(path, "text")) == ["ab\N{REPLACEMENT CHARACTER}cd"]
-
-
 @pytest.mark.parametrize("tokenizer", [BYTES, BPE], ids=["bytes", "bpe"])
 def test_lone_surrogate_of_a_crawl_does_not_stop_preparation(
     tmp_path: Path, tokenizer: TokenizerSettings
 ) -> None:
     path = write(tmp_path / "a.jsonl", '{"text": "good \\ud800 enough"}\n')
-    assert prepare(data(tmp_path, path), tokenizer).num_documents == 1
-
-
-def test_standard_library_is_a_corpus_without_any_file_of_ours(tmp_path: Path) -> None:
-    settings = DataSettings(
-        paths=(),
-        text_key="text",
-        sequence_length=8,
-        validation_samples=0,
-        cache_dir=str(tmp_path),
-    )
-    files = list_files(settings)
-    assert len(files) > 300
-    assert files == sorted(files)
-    assert not any("site-packages" in path.parts or "test" in path.parts for path in files)
+    assert prepare(data(tmp_path, path), tokenizer).train.num_documents == 1
 
 
 def test_bytes_come_back_as_the_text_they_were(tmp_path: Path) -> None:
@@ -152,11 +158,6 @@ def test_dangling_link_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone.txt")
     with pytest.raises(DataError, match=r"a\.txt cannot be found"):
         prepare(data(tmp_path, tmp_path / "a.txt"), BYTES)
-
-
-def test_file_that_cannot_be_opened_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be read \(Is a directory\); fix its permissions"):
-        list(documents(tmp_path, "text"))
 
 
 def test_folder_without_text_is_refused(tmp_path: Path) -> None:
@@ -205,9 +206,10 @@ def test_cache_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 def test_second_preparation_builds_nothing(tmp_path: Path) -> None:
     settings = data(tmp_path, write(tmp_path / "a.txt", "text"))
     first = prepare(settings, BYTES)
-    before = first.tokens_path.stat()
+    tokens = Path(first.train.shards[0].address)
+    before = tokens.stat()
     assert prepare(settings, BYTES) == first
-    after = first.tokens_path.stat()
+    after = tokens.stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
@@ -251,18 +253,38 @@ def test_what_a_killed_preparation_left_is_ignored(tmp_path: Path) -> None:
     settings = data(tmp_path, write(tmp_path / "a.txt", "text"))
     whole = prepare(settings, BYTES)
     expected = tokens_of(whole)
-    torn = whole.folder.with_name(f".{whole.folder.name}.1234567.tmp")
-    whole.folder.rename(torn)
-    (torn / "tokens.bin").write_bytes(b"\1\0")
+    folder = Path(whole.address)
+    (folder / "manifest.json").unlink()
+    (folder / ".work").mkdir()
+    (folder / ".work" / "task-000000-train-000.bin.tmp").write_bytes(b"\1\0")
     assert tokens_of(prepare(settings, BYTES)) == expected
+    assert not (folder / ".work").exists()
+
+
+def test_what_a_kill_left_is_taken_up_even_if_files_were_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", "text")
+
+    def kill(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.data.prepare.finish.Finish.run", kill)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data(tmp_path, path), BYTES)
+    (left,) = (tmp_path / "cache").glob("corpus-*/.work/task-000000.json")
+    os.utime(path, ns=(1, 1))
+    assert tokens_of(prepare(data(tmp_path, path), BYTES)) == encoded("text")
+    assert not left.exists()
 
 
 def test_folder_without_a_manifest_is_made_anew(tmp_path: Path) -> None:
     settings = data(tmp_path, write(tmp_path / "a.txt", "text"))
     whole = prepare(settings, BYTES)
     expected = tokens_of(whole)
-    (whole.folder / "manifest.json").unlink()
-    (whole.folder / "tokens.bin").write_bytes(b"")
+    (Path(whole.address) / "manifest.json").unlink()
+    Path(whole.train.shards[0].address).write_bytes(b"")
     assert tokens_of(prepare(settings, BYTES)) == expected
 
 
@@ -275,24 +297,10 @@ def test_failed_preparation_leaves_nothing_behind(tmp_path: Path) -> None:
     assert not [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst", ".parquet"])
-def test_packed_file_is_refused_rather_than_read_as_text(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(b"\x1f\x8b")
-    with pytest.raises(DataError, match="is packed; unpack it to plain text"):
-        list_files(data(tmp_path, path))
-
-
 def test_binary_file_is_refused_rather_than_trained_on(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"text\0more")
     with pytest.raises(DataError, match="is not text"):
         prepare(data(tmp_path, tmp_path / "a.txt"), BYTES)
-
-
-def test_pipe_is_refused_rather_than_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(DataError, match="is not a regular file"):
-        list_files(data(tmp_path, tmp_path / "a.txt"))
 
 
 def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -301,11 +309,166 @@ def test_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
     assert tokens_of(prepare(data(tmp_path, path), BYTES)) == encoded("x")
 
 
-def test_files_of_a_folder_that_are_left_out_are_counted(
+# Several sources.
+
+
+def mixture(folder: Path, **paths: Path | str) -> DataSettings:
+    sources = {name: SourceSettings(paths=(str(path),)) for name, path in paths.items()}
+    return data(folder, sources=sources)
+
+
+def prepared_folder(folder: Path, tokenizer: str = "bytes", text: str = "other text") -> Path:
+    from train.data.prepare.job import run_job
+
+    source = write(folder / "prepared.txt", text)
+    job = Job(
+        folder=folder / "prepared",
+        sources=list_sources([str(source)]),
+        recipe=Recipe(validation_share=0.0),
+        tokenizer=TokenizerChoice.parse(tokenizer),
+    )
+    run_job(job, Silence())
+    return job.folder
+
+
+def test_each_source_is_a_corpus_of_its_own_with_its_own_text_key(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.txt", "one")
+    b = write(tmp_path / "b.jsonl", '{"body": "two"}')
+    sources = {
+        "web": SourceSettings(paths=(str(a),)),
+        "code": SourceSettings(paths=(str(b),), text_key="body"),
+    }
+    corpora = open_sources(data(tmp_path, sources=sources), BYTES)
+    assert {name: tokens_of(corpus) for name, corpus in corpora.items()} == {
+        "web": encoded("one"),
+        "code": encoded("two"),
+    }
+
+
+def test_one_tokenizer_is_trained_on_the_text_of_all_sources(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.txt", "the cat sat " * 50)
+    b = write(tmp_path / "b.txt", "dogs dig holes " * 50)
+    corpora = open_sources(mixture(tmp_path, a=a, b=b), BPE)
+    assert corpora["a"].tokenizer_fingerprint == corpora["b"].tokenizer_fingerprint
+    assert len(tokens_of(corpora["a"])) < 300
+    assert len(tokens_of(corpora["b"])) < 300
+    assert open_sources(mixture(tmp_path, a=a, b=b), BPE) == corpora
+
+
+def test_prepared_folder_is_opened_as_it_is(tmp_path: Path) -> None:
+    folder = prepared_folder(tmp_path)
+    corpus = prepare(data(tmp_path, folder), BPE)
+    assert (tokens_of(corpus), corpus.address) == (encoded("other text"), str(folder))
+
+
+def test_text_beside_a_folder_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = prepared_folder(tmp_path)
+    text = write(tmp_path / "a.txt", "the cat sat " * 50)
+    with pytest.raises(DataError, match=r"sources b and a have different .* tokenizer=bytes"):
+        open_sources(mixture(tmp_path, a=text, b=folder), BPE)
+    assert set(open_sources(mixture(tmp_path, a=text, b=folder), BYTES)) == {"a", "b"}
+
+
+def test_tokenizer_to_use_is_named(tmp_path: Path) -> None:
+    folder = prepared_folder(tmp_path, "bpe:280", "dogs dig holes " * 50)
+    text = write(tmp_path / "a.txt", "the cat sat " * 50)
+    with pytest.raises(DataError, match=rf"tokenizer=file tokenizer.path={folder}/tokenizer.json"):
+        open_sources(mixture(tmp_path, a=text, b=folder), BPE)
+    file = TokenizerSettings(
+        kind=TokenizerKind.FILE, path=str(folder / "tokenizer.json"), vocab_size=300
+    )
+    assert set(open_sources(mixture(tmp_path, a=text, b=folder), file)) == {"a", "b"}
+
+
+def test_folders_of_two_tokenizers_are_refused(tmp_path: Path) -> None:
+    a = prepared_folder(tmp_path / "a")
+    b = prepared_folder(tmp_path / "b", "bpe:280", "dogs dig holes " * 50)
+    with pytest.raises(DataError, match=r"sources a and b .*; prepare both with one tokenizer"):
+        open_sources(mixture(tmp_path, a=a, b=b), BYTES)
+
+
+def test_tokens_and_text_in_one_source_are_refused(tmp_path: Path) -> None:
+    folder = prepared_folder(tmp_path)
+    with pytest.raises(DataError, match=r"prepared holds tokens and .*a\.txt text; give tokens"):
+        prepare(data(tmp_path, folder, write(tmp_path / "a.txt", "x")), BYTES)
+
+
+def test_error_names_the_source_if_there_are_several(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"source web: data\.paths: .*gone\.txt cannot be found"):
+        open_sources(mixture(tmp_path, web=tmp_path / "gone.txt"), BYTES)
+
+
+# What determines the tokens.
+
+
+def test_share_of_the_documents_is_held_out(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document {number}"}) for number in range(400)]
+    path = write(tmp_path / "a.jsonl", "\n".join(lines))
+    corpus = prepare(data(tmp_path, path, validation_share=0.25), BYTES)
+    assert corpus.validation is not None
+    assert 60 < (corpus.validation.num_documents or 0) < 140
+    assert (corpus.validation.num_documents or 0) + (corpus.train.num_documents or 0) == 400
+
+
+def test_duplicates_and_normal_forms_are_settings(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "e\\u0301"}\n{"text": "\\u00e9"}\n')
+    both = data(tmp_path, path, normalise=Normalise.NFC, deduplicate=True)
+    assert tokens_of(prepare(both, BYTES)) == encoded("\u00e9")
+    assert tokens_of(prepare(data(tmp_path, path), BYTES)) == encoded("e\u0301", "\u00e9")
+
+
+def test_bad_records_within_the_limit_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "a.TXT").write_text("x")
-    (tmp_path / "t" / "b.png").write_text("x")
-    assert [path.name for path in list_files(data(tmp_path, tmp_path / "t"))] == ["a.TXT"]
-    assert "1 files without a text suffix left out" in caplog.text
+    path = write(tmp_path / "a.jsonl", '{"text": "a"}\nbad\n')
+    corpus = prepare(data(tmp_path, path, max_bad_records=1), BYTES)
+    assert tokens_of(corpus) == encoded("a")
+    assert "1 bad records left out" in caplog.text
+
+
+def test_large_text_is_prepared_by_several_processes_to_the_same_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.data.prepare.plan._LEAST_TASK_BYTES", 1000)
+    paths = [write(tmp_path / "text" / f"{n}.txt", f"text {n} " * 500) for n in range(8)]
+    small = prepare(data(tmp_path / "a", *paths), BYTES)
+    monkeypatch.setattr(corpus_module, "_SMALL_BYTES", 1)
+    large = prepare(data(tmp_path / "b", *paths), BYTES)
+    assert tokens_of(large) == tokens_of(small)
+    assert large.digest == small.digest
+    assert "tokenising" in capfd.readouterr().err
+
+
+def test_full_disk_is_one_error_and_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.data.prepare.shards._write_all", fail)
+    path = write(tmp_path / "a.txt", "text")
+    with pytest.raises(
+        DataError, match=r"could not be written to .*cache \(No space left .*\); set data.cache_dir"
+    ):
+        prepare(data(tmp_path, path), BYTES)
+    assert list((tmp_path / "cache").glob("corpus-*/")) == []
+
+
+def test_damaged_memo_is_refused_with_what_to_delete(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    prepare(data(tmp_path, path), BYTES)
+    (memo,) = (tmp_path / "cache").glob("text-*.json")
+    memo.write_text("{")
+    with pytest.raises(DataError, match=r"text-.*json is damaged .*; delete .* made anew"):
+        prepare(data(tmp_path, path), BYTES)
+
+
+def test_lock_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "text")
+    folder = prepare(data(tmp_path, path), BYTES).address
+    (Path(folder) / "manifest.json").unlink()
+    lock = Path(f"{folder}.lock")
+    lock.unlink()
+    lock.mkdir()
+    with pytest.raises(DataError, match=r"\.lock cannot be written \(Is a directory\); set data"):
+        prepare(data(tmp_path, path), BYTES)

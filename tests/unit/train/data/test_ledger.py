@@ -133,3 +133,44 @@ def test_advance_ends_where_take_ends(seed: int) -> None:
     for cursor in range(0, SPACE + 30, 3):
         for count in (1, 2, 5, 40):
             assert ledger.advance(cursor, count) == ledger.take(cursor, count)[1]
+
+
+def test_version_is_raised_by_each_change_and_by_nothing_else() -> None:
+    ledger = SkipLedger()
+    assert ledger.version == 0
+    ledger.add(BatchRange(start=4, stop=9))
+    first = ledger.version
+    assert first > 0
+    for start, stop in ((4, 9), (5, 6), (7, 7)):
+        ledger.add(BatchRange(start=start, stop=stop))
+    ledger.extend([(4, 9), (30, 30)])
+    assert ledger.version == first
+    ledger.extend([(9, 10)])
+    assert ledger.version > first
+
+
+def test_a_hundred_thousand_ranges_are_crossed() -> None:
+    ranges = [(number * 10**7 + 5, number * 10**7 + 1005) for number in range(100_000)]
+    ledger = SkipLedger(ranges)
+    assert ledger.num_samples() == 10**8
+    assert ledger.advance(0, 10**12 - 10**8) == 10**12
+    assert ledger.take(10**7, 8)[0].tolist() == [
+        *range(10**7, 10**7 + 5),
+        *range(10**7 + 1005, 10**7 + 1008),
+    ]
+    assert ledger.ranges() == ranges
+
+
+def test_nothing_is_taken_where_the_next_sample_would_be() -> None:
+    ledger = SkipLedger([(3, 9)])
+    for cursor, next_cursor in ((0, 0), (3, 9), (5, 9), (9, 9)):
+        positions, after = ledger.take(cursor, 0)
+        assert positions.size == 0
+        assert after == next_cursor == ledger.advance(cursor, 0)
+
+
+def test_of_ranges_with_a_bad_one_none_is_added() -> None:
+    ledger = SkipLedger([(3, 9)])
+    with pytest.raises(ValueError, match=r"0 <= start <= stop, found \[5, 4\)"):
+        ledger.extend([(20, 30), (5, 4)])
+    assert ledger.ranges() == [(3, 9)]

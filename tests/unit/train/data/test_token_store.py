@@ -1,277 +1,450 @@
-"""The token store: how tokens become samples, and what is wrong with a damaged one."""
+"""The token store: tokens and documents by offset, over any shards, and what a damaged one says."""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import random
+import resource
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from token_files import all_tokens, corpus_of, random_shards, shard_of
 
-from train.data.ledger import SkipLedger
-from train.data.order import SampleOrder
-from train.data.origins import SampleOrigin
-from train.data.sequence import Returns
-from train.data.store import CorpusInfo, TokenStore
-from train.data.stream import OrderedSource, PoisonedSource, SampleStream, ShiftedSource
+from train.data import mapped
+from train.data.cache import ShardCache
+from train.data.shards import Shard
+from train.data.store import TokenStore, check_vocabulary
 from train.errors import DataError
+from train.settings import Verify
 
-LENGTH = 4
+
+def store_of(*shards: Shard, dtype: str = "uint16", verify: Verify = Verify.SIZES) -> TokenStore:
+    corpus = corpus_of(shards, dtype=dtype)
+    return TokenStore(corpus, corpus.train, verify=verify)
 
 
-def corpus(folder: Path, num_tokens: int) -> CorpusInfo:
-    np.arange(num_tokens, dtype=np.uint16).tofile(folder / "tokens.bin")
-    return CorpusInfo(
-        folder=folder,
-        digest="d",
-        num_tokens=num_tokens,
-        num_documents=1,
-        vocab_size=1000,
-        dtype="uint16",
+def offsets_of(*offsets: int) -> np.ndarray:
+    return np.array(offsets, dtype=np.int64)
+
+
+def rows(store: TokenStore, offsets: np.ndarray, length: int) -> np.ndarray:
+    out = np.zeros((len(offsets), length), dtype=store.dtype)
+    store.read(offsets, out)
+    return out
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_rows_are_stretches_of_the_shards_put_together(tmp_path: Path, seed: int) -> None:
+    source = random.Random(seed)
+    shards = random_shards(seed, num_shards=source.choice([1, 2, 7]))
+    if len(shards) == 7:
+        shards[3] = []
+    dtype = source.choice(["uint16", "uint32", "int32", "uint8"])
+    shards = [[[token % 256 for token in each] for each in documents] for documents in shards]
+    tokens = all_tokens(shards)
+    made = [shard_of(tmp_path, str(n), each, dtype) for n, each in enumerate(shards)]
+    store = store_of(*made, dtype=dtype)
+    assert store.num_tokens == len(tokens)
+    assert store.dtype == np.dtype(dtype)
+    for length in {1, min(2, len(tokens)), min(9, len(tokens)), len(tokens)}:
+        offsets = [source.randrange(len(tokens) - length + 1) for _ in range(9)]
+        expected = [tokens[offset : offset + length] for offset in offsets]
+        assert rows(store, offsets_of(*offsets), length).tolist() == expected
+        one_place = [offsets[0], offsets[0]]
+        assert rows(store, offsets_of(*one_place), length).tolist() == [expected[0]] * 2
+
+
+@pytest.mark.parametrize("num_shards", [1, 3])
+def test_rows_go_to_their_places_and_leave_others_alone(tmp_path: Path, num_shards: int) -> None:
+    made = [shard_of(tmp_path, str(n), [range(n * 10, n * 10 + 10)]) for n in range(num_shards)]
+    for out in (np.full((4, 2), 7, np.uint16), np.full((4, 2), 7, np.int64)):
+        last = num_shards * 10 - 2
+        store_of(*made).read(offsets_of(0, last), out, [3, 1])
+        assert out.tolist() == [[7, 7], [last, last + 1], [7, 7], [0, 1]]
+        store_of(*made).read(offsets_of(last), out, np.array([0]))
+        assert out[0].tolist() == [last, last + 1]
+
+
+def test_no_rows_are_read_from_nowhere(tmp_path: Path) -> None:
+    out = np.full((2, 3), 7, dtype=np.uint16)
+    store = store_of(shard_of(tmp_path, "a", [[1, 2, 3]]))
+    store.read(offsets_of(), out)
+    store.announce(offsets_of(), 3)
+    assert (out == 7).all()
+    assert store.document_starts(offsets_of(), 3).shape == (0, 1)
+    assert store.bad(offsets_of(), 3).shape == (0,)
+
+
+@pytest.mark.parametrize("offset", [-1, 2, 2**40])
+def test_tokens_that_are_not_there_are_never_made_up(tmp_path: Path, offset: int) -> None:
+    store = store_of(shard_of(tmp_path, "a", [[1, 2, 3, 4]]))
+    for call in (lambda at: rows(store, at, 3), lambda at: store.announce(at, 3)):
+        with pytest.raises(IndexError, match=rf"tokens {offset} to {offset + 3} of 4"):
+            call(offsets_of(offset))
+    with pytest.raises(IndexError):
+        store.document_starts(offsets_of(offset), 3)
+
+
+def test_a_trillion_tokens_are_read_at_any_offset(tmp_path: Path) -> None:
+    """Two sparse files of 500 G tokens; what is mapped costs no memory."""
+    num_tokens = 500_000_000_000
+    places = {0: 11, 2**32 - 1: 12, 2**32: 13, num_tokens - 1: 14}
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    for path in paths:
+        with path.open("wb") as file:
+            try:
+                file.truncate(2 * num_tokens)
+            except OSError:
+                pytest.skip("this file system has no files of 1 TB")
+            for place, token in places.items():
+                file.seek(2 * place)
+                file.write(token.to_bytes(2, "little"))
+    store = store_of(
+        *(
+            Shard(address=str(path), num_tokens=num_tokens, num_bytes=2 * num_tokens)
+            for path in paths
+        )
     )
+    before = anonymous_bytes()
+    found = rows(store, offsets_of(2**32 - 1, num_tokens - 1, num_tokens + 2**32 - 1), 2)
+    assert found.tolist() == [[12, 13], [14, 11], [12, 13]]
+    assert rows(store, offsets_of(2 * num_tokens - 2), 2).tolist() == [[0, 14]]
+    store.announce(offsets_of(2 * num_tokens - 2), 2)
+    assert anonymous_bytes() - before < 2**24
 
 
-def store(folder: Path, num_tokens: int = 43, *, held_out: int = 0) -> TokenStore:
-    info = corpus(folder, num_tokens)
-    return TokenStore(info, sequence_length=LENGTH, validation_samples=held_out)
+def anonymous_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the kernel does not tell")
 
 
-# Store.
+# Files.
 
 
-def test_neighbouring_samples_share_one_token(tmp_path: Path) -> None:
-    rows = store(tmp_path).rows(np.array([0, 1, 3], dtype=np.int64))
-    assert rows.tolist() == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [12, 13, 14, 15, 16]]
+def num_open(folder: Path) -> int:
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    return sum(str(folder) in os.readlink(link) for link in links if link.is_symlink())
 
 
-@pytest.mark.parametrize(("num_tokens", "num_samples"), [(5, 1), (8, 1), (9, 2), (43, 10)])
-def test_each_token_but_the_first_is_predicted_once(
-    tmp_path: Path, num_tokens: int, num_samples: int
+def test_shards_are_opened_when_they_are_read_and_closed_with_the_store(tmp_path: Path) -> None:
+    store = store_of(*(shard_of(tmp_path, str(number), [range(10)]) for number in range(3)))
+    assert num_open(tmp_path) == 0
+    rows(store, offsets_of(12), 2)
+    one = num_open(tmp_path)
+    assert one > 0
+    rows(store, offsets_of(9), 2)
+    assert num_open(tmp_path) == 2 * one
+    store.close()
+    assert num_open(tmp_path) == 0
+    assert rows(store, offsets_of(12), 2).tolist() == [[2, 3]]
+
+
+def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "_max_open", lambda: 3)
+    store = store_of(*(shard_of(tmp_path, str(number), [range(10)]) for number in range(20)))
+    expected = [[at % 10, (at + 1) % 10, (at + 2) % 10] for at in range(0, 198, 2)]
+    assert rows(store, np.arange(0, 198, 2), 3).tolist() == expected
+    assert num_open(tmp_path) <= 6
+    rows(store, offsets_of(0), 2)
+    rows(store, offsets_of(11), 2)
+    rows(store, offsets_of(2), 2)
+    (tmp_path / "0.bin").unlink()
+    rows(store, offsets_of(25), 2)
+    rows(store, offsets_of(35), 2)  # shard 1 gives way: 0 was used after it
+    assert rows(store, offsets_of(2), 2).tolist() == [[2, 3]]
+
+
+def test_shards_give_way_when_there_are_no_descriptors_left(tmp_path: Path) -> None:
+    store = store_of(*(shard_of(tmp_path, str(number), [range(10)]) for number in range(20)))
+    hog = store_of(*(shard_of(tmp_path, f"h{number}", [range(10)]) for number in range(2)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    rows(store, offsets_of(0), 2)
+    free = max(int(name) for name in os.listdir("/proc/self/fd")) + 4
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        expected = [[at % 10, (at + 1) % 10, (at + 2) % 10] for at in range(0, 198, 2)]
+        assert rows(store, np.arange(0, 198, 2), 3).tolist() == expected
+        spare = [os.open(tmp_path, os.O_RDONLY) for _ in range(free - num_descriptors())]
+        with pytest.raises(DataError, match=r"h0\.bin cannot be opened .*; raise `ulimit -n`, or"):
+            rows(hog, offsets_of(0), 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for descriptor in spare:
+            os.close(descriptor)
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd")) - 1
+
+
+def test_one_thread_announces_while_another_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = store(tmp_path, num_tokens)
-    assert made.num_samples == num_samples
-    rows = made.rows(np.arange(num_samples, dtype=np.int64))
-    assert rows[:, 1:].ravel().tolist() == list(range(1, num_samples * LENGTH + 1))
+    monkeypatch.setattr(mapped, "_max_open", lambda: 2)
+    store = store_of(*(shard_of(tmp_path, str(number), [range(100)]) for number in range(8)))
+    stop = threading.Event()
+
+    def announce() -> None:
+        source = np.random.default_rng(1)
+        while not stop.is_set():
+            store.announce(source.integers(0, 790, 16), 10)
+
+    thread = threading.Thread(target=announce)
+    thread.start()
+    source = np.random.default_rng(2)
+    for _ in range(300):
+        offsets = source.integers(0, 790, 16)
+        expected = (offsets[:, None] + np.arange(10)) % 100
+        assert np.array_equal(rows(store, offsets, 10), expected)
+    stop.set()
+    thread.join()  # what it raises, pytest makes an error
 
 
-def test_validation_samples_never_appear_in_training_rows(tmp_path: Path) -> None:
-    made = store(tmp_path, held_out=3)
-    held_out = set(made.validation_rows()[:, 1:].ravel().tolist())
-    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
-    trained = source.rows(np.arange(5 * made.num_samples, dtype=np.int64))
-    assert len(held_out) == 3 * LENGTH
-    assert not held_out & set(trained[:, 1:].ravel().tolist())
+# Documents.
 
 
-def test_no_validation_samples_are_no_rows(tmp_path: Path) -> None:
-    assert store(tmp_path).validation_rows().shape == (0, LENGTH + 1)
+@pytest.mark.parametrize("seed", range(20))
+def test_document_starts_are_those_of_the_documents(tmp_path: Path, seed: int) -> None:
+    source = random.Random(seed)
+    shards = random_shards(seed, num_shards=source.choice([1, 2, 5]))
+    store = store_of(*(shard_of(tmp_path, str(n), each) for n, each in enumerate(shards)))
+    lengths = [len(document) for documents in shards for document in documents]
+    begins = {0, *np.cumsum(lengths).tolist()}
+    for length in {1, min(2, store.num_tokens), min(7, store.num_tokens), store.num_tokens}:
+        offsets = [source.randrange(store.num_tokens - length + 1) for _ in range(9)]
+        starts = store.document_starts(offsets_of(*offsets), length)
+        assert starts.dtype == np.int32
+        expected = [
+            [0, *(at for at in range(1, length) if offset + at in begins)] for offset in offsets
+        ]
+        width = max(len(columns) for columns in expected)
+        padded = [columns + [length] * (width - len(columns)) for columns in expected]
+        assert starts.tolist() == padded
 
 
-def test_too_little_text_is_refused_with_the_keys(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"which make 10 samples of data\.sequence_length=4") as why:
-        store(tmp_path, held_out=10)
-    assert "data.validation_samples=10 are held out: nothing is left to train on" in str(why.value)
+def test_documents_are_found_without_reading_a_token(tmp_path: Path) -> None:
+    shards = [shard_of(tmp_path, str(number), [[1, 2, 3], [4, 5]]) for number in range(2)]
+    for shard in shards:
+        Path(shard.address).unlink()
+    store = store_of(*shards)
+    assert store.has_documents
+    assert store.document_starts(offsets_of(1, 4), 5).tolist() == [[0, 2, 4], [0, 1, 4]]
 
 
-@pytest.mark.parametrize("num_bytes", [80, 81, 0], ids=["whole tokens", "half a token", "nothing"])
-def test_truncated_tokens_are_refused_with_the_folder_to_delete(
-    tmp_path: Path, num_bytes: int
+def test_store_knows_whether_every_shard_says_its_documents(tmp_path: Path) -> None:
+    known = shard_of(tmp_path, "a", [[1, 2, 3]])
+    unknown = dataclasses.replace(shard_of(tmp_path, "b", [[1]]), documents=None)
+    assert store_of(known).has_documents
+    assert not store_of(known, unknown).has_documents
+    assert not store_of().has_documents
+
+
+# What is wrong with a shard.
+
+
+def test_missing_shard_is_refused_when_it_is_read_and_not_before(tmp_path: Path) -> None:
+    shards = [shard_of(tmp_path, str(number), [range(10)]) for number in range(2)]
+    Path(shards[1].address).unlink()
+    store = store_of(*shards)
+    assert rows(store, offsets_of(3), 2).tolist() == [[3, 4]]
+    for call in (lambda: rows(store, offsets_of(9), 2), lambda: store.announce(offsets_of(11), 2)):
+        with pytest.raises(DataError) as why:
+            call()
+        assert str(why.value) == (
+            f"{tmp_path}/1.bin is missing; bring the file back whole, or set data.on_bad_shard=skip"
+        )
+
+
+def test_prepared_corpus_can_be_prepared_again(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "a", [[1, 2, 3]])
+    corpus = dataclasses.replace(
+        corpus_of([shard]), address=str(tmp_path), tokenizer_fingerprint="f"
+    )
+    Path(shard.address).unlink()
+    with pytest.raises(DataError, match=f"or delete {tmp_path} and prepare the corpus again, or"):
+        rows(TokenStore(corpus, corpus.train), offsets_of(0), 2)
+
+
+def test_shard_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "a", [[1, 2, 3]])
+    folder = dataclasses.replace(shard, address=f"{shard.address}/b")
+    with pytest.raises(DataError, match=r"a\.bin/b cannot be opened \(Not a directory\); bring"):
+        rows(store_of(folder), offsets_of(0), 2)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 5, 18, 22])
+def test_shard_of_another_size_is_refused(tmp_path: Path, num_bytes: int) -> None:
+    shard = shard_of(tmp_path, "a", [range(10)])
+    os.truncate(shard.address, num_bytes)
+    with pytest.raises(DataError, match=f"a.bin has {num_bytes} bytes, 20 were expected; bring"):
+        rows(store_of(shard), offsets_of(0), 2)
+    assert num_open(tmp_path) == 0
+
+
+def test_other_tokens_of_the_same_size_are_refused_with_digests_alone(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "a", [range(10)])
+    np.full(10, 3, dtype=np.uint16).tofile(shard.address)
+    assert rows(store_of(shard), offsets_of(0), 2).tolist() == [[3, 3]]
+    with pytest.raises(DataError, match=f"has the digest [0-9a-f]{{64}}, {shard.sha256} was exp"):
+        rows(store_of(shard, verify=Verify.DIGESTS), offsets_of(0), 2)
+    assert num_open(tmp_path) == 0
+
+
+def test_check_names_each_shard_with_a_problem_and_says_which(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    info = corpus(tmp_path, 43)
-    info.tokens_path.write_bytes(info.tokens_path.read_bytes()[:num_bytes])
-    with pytest.raises(DataError, match=f"delete {tmp_path} and it is made anew"):
-        TokenStore(info, sequence_length=LENGTH, validation_samples=0)
+    shards = [shard_of(tmp_path, name, [range(10)]) for name in "abcde"]
+    good, gone, short, other, index = (shard.address for shard in shards)
+    Path(gone).unlink()
+    os.truncate(short, 8)
+    np.zeros(10, dtype=np.uint16).tofile(other)
+    (tmp_path / "e.documents.npy").write_bytes(b"")
+    assert good not in store_of(*shards).check()
+    assert store_of(*shards).check() == [gone, short, index]
+    caplog.clear()
+    problems = store_of(*shards, verify=Verify.DIGESTS).problems()
+    assert list(problems) == [gone, short, other, index]
+    assert problems[gone].startswith(f"{gone} is missing; bring the file back whole")
+    assert "has 8 bytes, 20 were expected" in problems[short]
+    assert "has the digest" in problems[other]
+    assert f"{tmp_path}/e.documents.npy has 0 bytes" in problems[index]
+    assert len(caplog.records) == 4
 
 
-def test_missing_tokens_are_refused_with_the_folder_to_delete(tmp_path: Path) -> None:
-    info = corpus(tmp_path, 43)
-    info.tokens_path.unlink()
-    with pytest.raises(DataError, match=f"delete {tmp_path} and it is made anew"):
-        TokenStore(info, sequence_length=LENGTH, validation_samples=0)
+def test_digests_are_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = shard_of(tmp_path, "a", [range(10)])
+    store = store_of(shard, verify=Verify.DIGESTS)
+    assert store.check() == []
+    monkeypatch.setattr(mapped, "digest_problem", lambda *_: pytest.fail("compared again"))
+    assert rows(store, offsets_of(0), 2).tolist() == [[0, 1]]
 
 
-# Stream.
+def test_rows_that_touch_a_bad_shard_are_told(tmp_path: Path) -> None:
+    shards = [shard_of(tmp_path, str(number), [range(4)]) for number in range(4)]
+    corpus = corpus_of(shards)
+    store = TokenStore(corpus, corpus.train, bad_shards=frozenset({shards[1].address, "other"}))
+    is_bad = store.bad(np.arange(14, dtype=np.int64), 3)
+    assert np.flatnonzero(is_bad).tolist() == [2, 3, 4, 5, 6, 7]
+    assert store.bad(offsets_of(0, 8), 5).tolist() == [True, False]
+    assert not store_of(*shards).bad(np.arange(14, dtype=np.int64), 3).any()
 
 
-def stream(
-    made: TokenStore, ledger: SkipLedger | None = None, *, rank: int = 0, num_ranks: int = 1
-) -> SampleStream:
-    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
-    return SampleStream(source, ledger or SkipLedger(), rank=rank, num_ranks=num_ranks)
+# The vocabulary.
 
 
-def test_batch_tells_where_the_next_one_begins_and_how_much_it_predicts(tmp_path: Path) -> None:
-    batch = stream(store(tmp_path)).at(6, 4)
-    assert batch.indices.tolist() == [6, 7, 8, 9]
-    assert batch.next_cursor == 10
-    assert batch.num_tokens == 4 * LENGTH
-    assert batch.rows.shape == (4, LENGTH + 1)
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_together_hold_the_rows_of_one(tmp_path: Path, num_ranks: int) -> None:
-    made = store(tmp_path)
-    whole = stream(made).at(3, 4)
-    parts = [stream(made, rank=rank, num_ranks=num_ranks).at(3, 4) for rank in range(num_ranks)]
-    assert np.array_equal(np.concatenate([part.rows for part in parts]), whole.rows)
-    assert {part.next_cursor for part in parts} == {whole.next_cursor}
-    assert {part.num_tokens for part in parts} == {whole.num_tokens}
-
-
-def test_skipped_samples_never_come(tmp_path: Path) -> None:
-    skipping = stream(store(tmp_path), SkipLedger([(5, 9)]))
-    batch = skipping.at(4, 3)
-    assert batch.indices.tolist() == [4, 9, 10]
-    plain = stream(store(tmp_path))
-    assert batch.rows[1:].tolist() == plain.at(9, 2).rows.tolist()
-
-
-def test_poison_stays_in_its_stretch_and_comes_again(tmp_path: Path) -> None:
-    made = store(tmp_path)
-    order = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
-    poisoned = PoisonedSource(order, start=5, stop=8, vocab_size=1000, seed=1)
-    indices = np.arange(10, dtype=np.int64)
-    bad, good = poisoned.rows(indices), order.rows(indices)
-    differs = (bad != good).any(axis=1)
-    assert np.flatnonzero(differs).tolist() == [5, 6, 7]
-    assert np.array_equal(poisoned.rows(indices[6:7]), bad[6:7])
-    assert np.array_equal(order.rows(indices), good)
-
-
-def test_poison_takes_any_seed(tmp_path: Path) -> None:
-    made = store(tmp_path)
-    order = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=-1))
-    poisoned = PoisonedSource(order, start=0, stop=1, vocab_size=1000, seed=-1)
-    assert poisoned.rows(np.array([0], dtype=np.int64)).shape == (1, LENGTH + 1)
-
-
-# Samples that are put back.
-
-
-def test_put_back_samples_come_at_their_new_place_and_the_rest_moves_back(tmp_path: Path) -> None:
-    made = store(tmp_path)
-    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
-    returning = SampleStream(
-        source, SkipLedger([(2, 5)]), rank=0, num_ranks=1, returns=Returns([(6, 2, 5)])
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.int32, np.int64])
+def test_tokens_of_the_vocabulary_pass_and_others_are_named(dtype: type[np.integer]) -> None:
+    tokens = np.zeros((3, 5), dtype=dtype)
+    tokens[2, 4] = 999
+    check_vocabulary(tokens, 1000, "the batch")
+    check_vocabulary(tokens[:0], 1, "nothing")
+    with pytest.raises(DataError) as why:
+        check_vocabulary(tokens, 999, "the batch at cursor 7")
+    assert str(why.value) == (
+        "token 999 at column 4 of the batch at cursor 7 is not in the vocabulary, which has 999: "
+        "the corpus was tokenised with another tokenizer, or is damaged; set model.vocab_size to "
+        "that tokenizer's, or run with data.verify=digests"
     )
-    batch = returning.at(0, 8)
-    assert batch.indices.tolist() == [0, 1, 5, 2, 3, 4, 6, 7]
-    assert batch.next_cursor == 11
-    assert np.array_equal(batch.rows, source.rows(batch.indices))
-    assert returning.at(batch.next_cursor, 2).indices.tolist() == [8, 9]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_ranks_share_a_batch_with_put_back_samples(tmp_path: Path, num_ranks: int) -> None:
-    made = store(tmp_path)
-    source = OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=7))
-    parts = [
-        SampleStream(
-            source, SkipLedger(), rank=rank, num_ranks=num_ranks, returns=Returns([(3, 0, 2)])
-        ).at(1, 4)
-        for rank in range(num_ranks)
-    ]
-    rows = source.rows(np.array([1, 2, 0, 1], dtype=np.int64))
-    assert np.array_equal(np.concatenate([part.rows for part in parts]), rows)
+def test_bad_token_is_named_with_what_its_row_is() -> None:
+    tokens = np.zeros((3, 5), dtype=np.uint16)
+    tokens[1, 2] = 70
+    with pytest.raises(DataError, match="token 70 at column 2 of sample 41 of source a is not in"):
+        check_vocabulary(tokens, 50, lambda row: f"sample {row + 40} of source a")
 
 
-def test_return_that_is_added_holds_for_the_next_batch(tmp_path: Path) -> None:
-    growing = stream(store(tmp_path), SkipLedger([(1, 3)]))
-    cursor = growing.at(0, 2).next_cursor
-    growing.returns.insert(cursor, 1, 3)
-    assert growing.at(cursor, 3).indices.tolist() == [1, 2, 4]
+def test_negative_tokens_are_damage() -> None:
+    tokens = np.zeros((1, 5), dtype=np.int32)
+    tokens[0, 3] = -1
+    with pytest.raises(DataError, match="token -1 at column 3 of x is not in the vocabulary"):
+        check_vocabulary(tokens, 2**31, "x")
 
 
-def test_indices_are_those_of_the_batch_and_read_no_tokens(tmp_path: Path) -> None:
-    returning = stream(store(tmp_path), SkipLedger([(5, 9)]))
-    returning.returns.insert(11, 5, 9)
-    batch = returning.at(4, 6)
-    assert returning.at(4, 6).indices.tolist() == [4, 9, 10, 5, 6, 7]
-    indices, next_cursor = returning.indices(4, 6)
-    assert indices.tolist() == batch.indices.tolist()
-    assert next_cursor == batch.next_cursor
-    assert np.array_equal(returning.rows_of(indices[2:4]), batch.rows[2:4])
-    silent = SampleStream(Unreadable(), SkipLedger(), rank=0, num_ranks=1)
-    assert silent.indices(3, 2)[0].tolist() == [3, 4]
+# Shards that are far away.
 
 
-class Unreadable:
-    def rows(self, indices: np.ndarray) -> np.ndarray:
-        raise AssertionError(f"the tokens of {indices} were read")
+def remote(shard: Shard, name: str) -> Shard:
+    import fsspec
 
-    def origins(self, index: int) -> tuple[SampleOrigin, ...]:
-        raise AssertionError(f"the origins of {index} were read")
-
-
-# A lasting shift.
-
-WIDE = 64
+    address = f"memory://corpus/{name}"
+    with fsspec.open(address, "wb") as file:
+        file.write(Path(shard.address).read_bytes())
+    return dataclasses.replace(shard, address=address)
 
 
-def wide(folder: Path, *, seed: int = 7) -> OrderedSource:
-    info = corpus(folder, 60_001)
-    made = TokenStore(info, sequence_length=WIDE, validation_samples=0)
-    return OrderedSource(made, SampleOrder(num_samples=made.num_samples, seed=seed))
+def test_remote_shards_are_fetched_when_they_are_read(tmp_path: Path) -> None:
+    shards = [remote(shard_of(tmp_path, str(n), [range(n, n + 10)]), f"{n}") for n in range(3)]
+    corpus = corpus_of(shards)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10_000)
+    store = TokenStore(corpus, corpus.train, cache=cache)
+    assert store.check() == []
+    assert not (tmp_path / "cache").exists()
+    assert rows(store, offsets_of(0, 9), 2).tolist() == [[0, 1], [9, 1]]
+    copies = [path for path in (tmp_path / "cache").iterdir() if path.is_file()]
+    assert sorted(path.read_bytes()[0] for path in copies) == [0, 1]
 
 
-def test_shift_begins_at_its_start_and_never_ends(tmp_path: Path) -> None:
-    plain = wide(tmp_path)
-    shifted = ShiftedSource(plain, start=300, seed=1)
-    indices = np.array([0, 299, 300, 301, 5000, 10**12], dtype=np.int64)
-    differs = (shifted.rows(indices) != plain.rows(indices)).any(axis=1)
-    assert differs.tolist() == [False, False, True, True, True, True]
+def test_announced_remote_shard_is_there_without_the_source(tmp_path: Path) -> None:
+    import fsspec
+
+    shards = [remote(shard_of(tmp_path, str(n), [range(n, n + 10)]), f"{n}") for n in range(2)]
+    corpus = corpus_of(shards)
+    cache = ShardCache(tmp_path / "cache", max_bytes=10_000)
+    store = TokenStore(corpus, corpus.train, cache=cache)
+    store.announce(offsets_of(12), 3)
+    store.announce(offsets_of(12), 3)
+    for _ in range(500):
+        if any(path.is_file() and path.suffix != ".tmp" for path in cache.folder.glob("*-1")):
+            break
+        threading.Event().wait(0.01)
+    fsspec.filesystem("memory").rm("/corpus/1")
+    assert rows(store, offsets_of(12), 3).tolist() == [[3, 4, 5]]
 
 
-def test_shift_replaces_a_seventh_of_the_tokens_by_others_of_the_sample(tmp_path: Path) -> None:
-    plain = wide(tmp_path)
-    indices = np.arange(500, dtype=np.int64)
-    before = plain.rows(indices)
-    after = ShiftedSource(plain, start=0, seed=1).rows(indices)
-    assert after.dtype == before.dtype
-    changed = before != after
-    assert 0.14 < changed.mean() < 0.16
-    assert np.ptp(changed.mean(axis=0)) < 0.12  # no place of the sample is spared or preferred
-    assert all(set(new) <= set(old) for new, old in zip(after, before, strict=True))
+def test_corpus_larger_than_the_cache_is_read_shard_after_shard(tmp_path: Path) -> None:
+    shards = [remote(shard_of(tmp_path, str(n), [range(n, n + 10)]), f"{n}") for n in range(8)]
+    corpus = corpus_of(shards)
+    cache = ShardCache(tmp_path / "cache", max_bytes=65)  # three shards of 20 bytes
+    store = TokenStore(corpus, corpus.train, cache=cache)
+    source = np.random.default_rng(0)
+    tokens = np.concatenate([np.arange(n, n + 10) for n in range(8)])
+    for _ in range(10):
+        offsets = source.integers(0, 68, 4)
+        expected = tokens[offsets[:, None] + np.arange(12)]
+        assert np.array_equal(rows(store, offsets, 12), expected)
+        files = [path for path in cache.folder.iterdir() if path.is_file()]
+        assert sum(path.stat().st_size for path in files) <= 65
 
 
-def test_level_of_the_shift_neither_grows_nor_fades(tmp_path: Path) -> None:
-    plain = wide(tmp_path)
-    shifted = ShiftedSource(plain, start=0, seed=1)
-    for first in (0, 10**4, 10**9):
-        indices = np.arange(first, first + 500, dtype=np.int64)
-        share = (plain.rows(indices) != shifted.rows(indices)).mean()
-        assert 0.14 < share < 0.16
+def test_copy_that_was_damaged_is_removed(tmp_path: Path) -> None:
+    shard = remote(shard_of(tmp_path, "a", [range(10)]), "a")
+    corpus = corpus_of([shard])
+    cache = ShardCache(tmp_path / "cache", max_bytes=10_000)
+    copy = cache.path(shard.address, shard.num_bytes, shard.sha256)
+    os.truncate(copy, 8)
+    store = TokenStore(corpus, corpus.train, cache=cache, verify=Verify.DIGESTS)
+    assert rows(store, offsets_of(0), 2).tolist() == [[0, 1]]
+    store.close()
+    copy.write_bytes(bytes(20))
+    with pytest.raises(DataError, match=f"digest .* its copy {copy} was removed: start again"):
+        rows(store, offsets_of(0), 2)
+    assert rows(store, offsets_of(0), 2).tolist() == [[0, 1]]
 
 
-def test_shift_is_the_same_for_any_batches_and_comes_again(tmp_path: Path) -> None:
-    shifted = ShiftedSource(wide(tmp_path), start=3, seed=-1)
-    indices = np.arange(20, dtype=np.int64)
-    whole = shifted.rows(indices)
-    scrambled = np.random.default_rng(0).permutation(indices)
-    assert np.array_equal(shifted.rows(scrambled), whole[scrambled])
-    assert np.array_equal(shifted.rows(indices[7:8]), whole[7:8])
-
-
-def test_shifts_of_two_seeds_differ_and_a_sample_differs_in_each_epoch(tmp_path: Path) -> None:
-    plain = wide(tmp_path)
-    indices = np.arange(50, dtype=np.int64)
-    one, other = (ShiftedSource(plain, start=0, seed=seed).rows(indices) for seed in (1, 2))
-    assert (one != other).mean() > 0.2
-    changed = one != plain.rows(indices)
-    assert not np.array_equal(changed[0], changed[1])
-
-
-# Where samples come from, through the sources.
-
-
-def test_faulty_sources_tell_the_origins_of_the_sound_one() -> None:
-    sound = Unreadable()
-    origin = SampleOrigin(
-        file="a.txt", line=None, document=3, token_offset_in_document=5, num_tokens=7
-    )
-    sound.origins = lambda index: (origin,) if index == 4 else ()  # type: ignore[method-assign]
-    poisoned = PoisonedSource(sound, start=0, stop=9, vocab_size=10, seed=1)
-    shifted = ShiftedSource(poisoned, start=0, seed=1)
-    assert poisoned.origins(4) == shifted.origins(4) == (origin,)
-    through = SampleStream(shifted, SkipLedger(), rank=0, num_ranks=1)
-    assert through.origins_of(4) == (origin,)
-    assert through.origins_of(5) == ()
+def test_missing_remote_shard_is_a_problem(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "a", [range(10)])
+    corpus = corpus_of([dataclasses.replace(shard, address="memory://corpus/none")])
+    cache = ShardCache(tmp_path / "cache", max_bytes=10_000)
+    store = TokenStore(corpus, corpus.train, cache=cache)
+    assert "memory://corpus/none is missing" in store.problems()["memory://corpus/none"]
+    with pytest.raises(DataError, match="memory://corpus/none is missing; bring it back"):
+        rows(store, offsets_of(0), 2)

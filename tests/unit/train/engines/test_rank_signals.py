@@ -46,3 +46,11 @@ def test_rank_with_a_sane_loss_adds_nothing_but_its_flag() -> None:
     world = World(rank=3, size=4, device=CPU)
     found = own_signals(torch.tensor([2.5], dtype=torch.float64), world, flag=True)
     assert found.tolist() == [2.5, 0.0, 0.0, 1.0]
+
+
+def test_mean_of_a_sample_is_over_its_own_predictions() -> None:
+    losses = SampleLosses()
+    own = torch.tensor([4, 1, 0], dtype=torch.int32)
+    total = losses.add([torch.tensor([8.0, 4.0]), torch.tensor([0.0])], num_predictions=own)
+    assert total.tolist() == [12.0]
+    assert losses.recent() == [[2.0, 4.0, 0.0]]

@@ -11,16 +11,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from train.models.decoder import (
-    Attention,
-    Block,
-    Decoder,
-    Mlp,
-    flops_per_token,
-    num_parameters,
-    rotary_tables,
-    rotate,
-)
+from train.models.attention import Attention, rotary_tables, rotate
+from train.models.decoder import Block, Decoder, Mlp, flops_per_token, num_parameters
 from train.models.init import initialise
 from train.settings import Activation, ModelSettings, Norm, RunConfig
 

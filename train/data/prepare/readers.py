@@ -1,0 +1,277 @@
+"""The documents of one file, or of a part of it, in pieces that fit in memory.
+
+Owns lines, JSON, packings and text. A record that cannot be read is handed on as such: whoever
+called decides how many are too many. Refuses to hold more than a piece of a text file, or more than
+`max_document_bytes` of a record.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from train.data.prepare.inputs import open_binary, unreadable
+from train.data.prepare.recipe import Recipe
+from train.data.prepare.sources import Format, SourceFile
+from train.errors import DataError
+
+_SKIP_BYTES = 2**20
+# Each byte of a .zst can stand for 32 KB of text: little is unpacked at a time.
+_ZSTD_READ_BYTES = 2**13
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_CUT_TRIALS = 64
+
+
+class Piece(NamedTuple):
+    """A document, or a piece of a long one. `line`: from 1; 0 if the file is one document."""
+
+    line: int
+    text: str
+    is_last: bool
+
+
+class BadRecord(NamedTuple):
+    """A record that cannot be read; it ends the document whose pieces came before it."""
+
+    line: int
+    reason: str
+    advice: str
+
+
+@dataclass(slots=True)
+class Position:
+    """How far a reader is: lines or rows that it has met, bytes of the file (packed or not)."""
+
+    lines: int = 0
+    num_bytes: int = 0
+
+
+Records = Iterator[Piece | BadRecord]
+
+
+def read_records(
+    source: SourceFile, recipe: Recipe, position: Position, start: int = 0, stop: int = -1
+) -> Records:
+    """Yield the documents that begin in bytes `[start, stop)` of a file; -1: up to its end.
+
+    Lines count from the start of the range. Raises: DataError if the file cannot be opened.
+    """
+    if source.format in (Format.PARQUET, Format.ARROW):
+        from train.data.prepare.columns import read_rows
+
+        yield from read_rows(source, recipe, position, start, stop)
+        return
+    with closing(open_binary(source.address)) as raw:
+        try:
+            with closing(_unpack(raw, source)) as stream:
+                if source.format is Format.JSONL:
+                    lines = _lines(stream, raw, recipe, position, start, stop)
+                    yield from _json_documents(lines, recipe)
+                else:
+                    yield from _text_pieces(stream, raw, recipe, position)
+        except (EOFError, zlib.error, lzma.LZMAError, OSError, _zstd_error(source)) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise unreadable(source.address, error) from error
+            yield BadRecord(
+                position.lines + 1 if source.format is Format.JSONL else 0,
+                f"cannot be unpacked any further ({error})",
+                "get the file once more or take it out of data.paths",
+            )
+
+
+def cut_pieces(text: str, line: int, piece_characters: int) -> Iterator[Piece]:
+    """Yield a document as pieces of at most `piece_characters`."""
+    begin = 0
+    while len(text) - begin > piece_characters:
+        piece = text[begin : begin + piece_characters]
+        place = cut_place(piece)
+        yield Piece(line, piece[:place], False)
+        begin += place
+    yield Piece(line, text[begin:], True)
+
+
+def cut_place(text: str) -> int:
+    """Return where `text` is cut such that tokens and normal forms stay what they would be.
+
+    That is behind a single line end, else behind any, else before a space, else at the end. In
+    the second half only, so that pieces stay long.
+    """
+    least = len(text) // 2
+    last = len(text) - 1
+    for _ in range(_MAX_CUT_TRIALS):
+        last = text.rfind("\n", least, last)
+        if last < 1:
+            break
+        if not text[last - 1].isspace() and not text[last + 1].isspace():
+            return last + 1
+    for place in (text.rfind("\n", least) + 1, text.rfind(" ", least)):
+        if place > 0:
+            return place
+    return len(text)
+
+
+def _unpack(raw: BinaryIO, source: SourceFile) -> BinaryIO:
+    if source.packing == "gz":
+        return cast(BinaryIO, gzip.GzipFile(fileobj=raw, mode="rb"))
+    if source.packing == "bz2":
+        return cast(BinaryIO, bz2.BZ2File(raw, "rb"))
+    if source.packing == "xz":
+        return cast(BinaryIO, lzma.LZMAFile(raw, "rb"))
+    if source.packing == "zst":
+        return cast(BinaryIO, io.BufferedReader(_ZstdStream(raw, source.address), _SKIP_BYTES))
+    return raw
+
+
+def _zstd_error(source: SourceFile) -> type[Exception]:
+    if source.packing != "zst":
+        return EOFError
+    try:
+        import zstandard
+    except ImportError:
+        return EOFError
+    return cast(type[Exception], zstandard.ZstdError)
+
+
+class _ZstdStream(io.RawIOBase):
+    """Unpacks frame after frame; a frame that ends too early is an error, unlike in the library."""
+
+    def __init__(self, raw: BinaryIO, address: str) -> None:
+        try:
+            import zstandard
+        except ImportError as error:
+            raise DataError(
+                f"{address} is packed with zstd, which needs a package: pip install zstandard, or "
+                "pip install 'trimtab[data]'"
+            ) from error
+        self._raw = raw
+        self._library = zstandard.ZstdDecompressor(max_window_size=2**31)
+        self._frame: Any = None
+        self._packed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if not self._packed:
+                self._packed = self._raw.read(_ZSTD_READ_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._library.decompressobj()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = b""
+            if self._frame.eof:
+                self._packed = self._frame.unused_data
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+
+def _lines(
+    stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Position, start: int, stop: int
+) -> Iterator[tuple[int, bytes | None]]:
+    """Yield the lines that begin in `[start, stop)` with their number; None: one that is too long.
+
+    A line is never held beyond what is allowed.
+    """
+    offset = start
+    if start > 0:  # the line that `start` is in the middle of belongs to the range before
+        stream.seek(start - 1)
+        offset += _skip_line(stream) - 1
+    most = recipe.max_document_bytes
+    while stop < 0 or offset < stop:
+        line: bytes | None = stream.readline(most + 1)
+        if not line:
+            break
+        offset += len(line)
+        if len(line) > most and not line.endswith(b"\n"):
+            offset += _skip_line(stream)
+            line = None
+        position.lines += 1
+        position.num_bytes = offset - start if stream is raw else raw.tell()
+        if line is not None and offset == len(line) and line.startswith(_BYTE_ORDER_MARK):
+            line = line[len(_BYTE_ORDER_MARK) :]
+        yield position.lines, line
+
+
+def _skip_line(stream: BinaryIO) -> int:
+    skipped = 0
+    while True:
+        part = stream.readline(_SKIP_BYTES)
+        skipped += len(part)
+        if not part or part.endswith(b"\n"):
+            return skipped
+
+
+def _json_documents(lines: Iterator[tuple[int, bytes | None]], recipe: Recipe) -> Records:
+    key = recipe.text_key
+    for number, line in lines:
+        if line is None:
+            yield too_long(number, recipe)
+            continue
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line.decode(errors="replace"))
+        except (ValueError, RecursionError) as error:
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            advice = "each line of a .jsonl file is one JSON object"
+            yield BadRecord(number, f"is not JSON ({reason})", advice)
+            continue
+        text = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            yield no_text(number, recipe)
+        elif len(text) <= recipe.piece_characters:
+            yield Piece(number, text, True)
+        else:
+            yield from cut_pieces(text, number, recipe.piece_characters)
+
+
+def too_long(line: int, recipe: Recipe) -> BadRecord:
+    """Return the bad record of a line or row that is too long to be held."""
+    reason = f"is longer than {recipe.max_document_bytes:,} bytes"
+    return BadRecord(line, reason, "raise --max-document-bytes of `trimtab prepare`, or cut it")
+
+
+def no_text(line: int, recipe: Recipe) -> BadRecord:
+    """Return the bad record of a line or row without text."""
+    reason = f"has no text under {recipe.text_key!r}"
+    advice = "set data.text_key (`trimtab prepare --text-key`) to the field that holds it"
+    return BadRecord(line, reason, advice)
+
+
+def _text_pieces(stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Position) -> Records:
+    """Yield one document: a whole file, in pieces."""
+    most = recipe.piece_characters
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as text:
+        ready = ""
+        is_end = False
+        while not is_end:
+            wanted = most + 1 - len(ready)
+            more = text.read(wanted)
+            position.num_bytes = raw.tell()
+            is_end = len(more) < wanted
+            if "\0" in more:
+                reason = "is not text (it has NUL bytes)"
+                yield BadRecord(0, reason, "take it out of data.paths")
+                return
+            ready += more
+            if not is_end:
+                place = cut_place(ready[:most])
+                yield Piece(0, ready[:place], False)
+                ready = ready[place:]
+        yield Piece(0, ready, True)
