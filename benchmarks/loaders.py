@@ -115,6 +115,7 @@ class Bench:
             "PYTHONPATH": os.pathsep.join(str(path) for path in paths),
             "HF_HOME": str(self._folder / "hf_home"),
         }
+        started = time.monotonic()
         try:
             done = subprocess.run(
                 command,
@@ -131,7 +132,7 @@ class Bench:
             reason = [line for line in done.stderr.splitlines() if line.strip()]
             return {"error": reason[-1] if reason else f"exit code {done.returncode}"}
         result: Figures = json.loads(done.stdout.splitlines()[-1])
-        return result
+        return {**result, "case_seconds": time.monotonic() - started}
 
     def _note(self, peer: Peer, case: str, result: Figures) -> None:
         self._print(peer, case, result)

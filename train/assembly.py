@@ -29,6 +29,7 @@ from train.data.build import BadShards, DataChanges, RunData
 from train.data.ledger import SkipLedger
 from train.data.read_ahead import ReadAhead
 from train.data.sequence import Returns
+from train.data.settings import OnBadShard
 from train.data.shards import Corpus
 from train.data.stream import Batches, SampleStream
 from train.distributed import World
@@ -45,7 +46,7 @@ from train.recovery.journal import Journal
 from train.recovery.rewind import Rewinder
 from train.run_folder import RunFolder
 from train.schedule import Schedule
-from train.settings import OnBadShard, RunConfig
+from train.settings import RunConfig
 from train.throughput import peak_flops
 
 logger = logging.getLogger(__name__)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from train.amounts import AmountUnit
 from train.data.layout import DocumentLayout
 from train.data.source import SampleSource
 from train.data.spoiled import PoisonedSource, ShiftedSource
@@ -24,7 +25,7 @@ from train.distributed import World
 from train.engines.base import Engine
 from train.engines.update_norm import local_part
 from train.schedule import Schedule
-from train.settings import AmountUnit, ChaosKind, ChaosSettings, RunConfig
+from train.settings import ChaosKind, ChaosSettings, RunConfig
 from train.signals import Gate
 
 LR_FAULTS = frozenset({ChaosKind.LR_SHOCK, ChaosKind.SLOW_DIVERGENCE})

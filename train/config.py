@@ -16,20 +16,13 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from launch.cluster import problems as cluster_problems
+from train.amounts import AmountUnit
 from train.data.checks import data_problems
+from train.data.settings import TokenizerKind
 from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
 from train.recovery.policy import LISTED_RUNGS, Rule
-from train.settings import (
-    AmountUnit,
-    ChaosKind,
-    Decay,
-    Device,
-    EngineKind,
-    RunConfig,
-    TokenizerKind,
-    Veto,
-)
+from train.settings import ChaosKind, Decay, Device, EngineKind, RunConfig, Veto
 
 _CALLBACKS = Path(__file__).parent / "callbacks"
 

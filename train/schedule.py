@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from train.settings import Amount, AmountUnit, Decay, ScheduleSettings
+from train.amounts import Amount, AmountUnit
+from train.settings import Decay, ScheduleSettings
 
 
 class Schedule:

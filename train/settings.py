@@ -6,7 +6,6 @@ Owns names, types and single-value limits; values live in `conf/`, combinations 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -16,60 +15,19 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from launch.cluster import ClusterConfig
 from monitoring.trackers import TrackerConfig
+from train.amounts import (
+    REFUSE_UNKNOWN,
+    Amount,
+    AmountField,
+    AmountUnit,
+    Count,
+    NonNegative,
+    PositiveFloat,
+    Scale,
+    Share,
+)
+from train.data.settings import DataSettings, TokenizerSettings
 from train.recovery.policy import Rule, Rung
-
-REFUSE_UNKNOWN = ConfigDict(extra="forbid")
-
-Count = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Scale = Annotated[float, Field(gt=0, le=1e6)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class AmountUnit(StrEnum):
-    """What an amount of training counts."""
-
-    TOKENS = "tokens"
-    BATCHES = "batches"
-    STEPS = "steps"
-
-
-_MULTIPLES = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
-_MAX_AMOUNT = 10**15
-_AMOUNT = re.compile(r"^\s*([\d_]*\.?\d+)\s*([kmbt]?)\s*(tokens|batches|steps)\s*$", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """An amount of data: `1B tokens`, `300 batches`, `100 steps` (a step reads one batch)."""
-
-    value: int
-    unit: AmountUnit
-
-    @classmethod
-    def parse(cls, text: object) -> Amount:
-        """Read an amount from the config. Raises: ValueError with the accepted forms."""
-        if isinstance(text, Amount):
-            return text
-        match = _AMOUNT.match(text) if isinstance(text, str) else None
-        if match is None:
-            raise ValueError('expected an amount such as "1B tokens", "300 batches" or "100 steps"')
-        number, multiple, unit = match.groups()
-        value = round(float(number.replace("_", "")) * _MULTIPLES[multiple.lower()])
-        if value > _MAX_AMOUNT:
-            raise ValueError(f"expected at most {_MAX_AMOUNT:,} of anything")
-        return cls(value, AmountUnit(unit.lower()))
-
-    def scaled(self, factor: float) -> Amount:
-        """Return this amount times `factor`, at least 1."""
-        return Amount(max(1, round(self.value * factor)), self.unit)
-
-    def __str__(self) -> str:
-        return f"{self.value:,} {self.unit}"
-
-
-AmountField = Annotated[Amount, BeforeValidator(Amount.parse)]
 
 
 def _whole_number_as_text(value: object) -> object:
@@ -132,129 +90,6 @@ class ModelSettings:
     has_tied_embeddings: bool
     rope_theta: PositiveFloat
     init_std: PositiveFloat
-
-
-def _one_or_many(value: object) -> object:
-    return (value,) if isinstance(value, str) else value
-
-
-class Packing(StrEnum):
-    """How documents become samples of one length."""
-
-    CONCATENATE = "concatenate"
-    """All documents behind one another, cut every `sequence_length` tokens."""
-    BEST_FIT = "best_fit"
-    """Whole documents where they fit, the rest of a sample is padding."""
-
-
-class Normalise(StrEnum):
-    """Unicode normalisation of text before it is tokenised."""
-
-    NONE = "none"
-    NFC = "nfc"
-    NFKC = "nfkc"
-
-
-class Verify(StrEnum):
-    """What is compared with the manifest when a corpus is opened."""
-
-    SIZES = "sizes"
-    DIGESTS = "digests"
-
-
-class OnBadShard(StrEnum):
-    """What happens if files of tokens are missing or damaged."""
-
-    STOP = "stop"
-    SKIP = "skip"
-    """Their samples go into the skip ledger, and the run says so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SourceSettings:
-    """`data.sources.NAME`: one source of a mixture.
-
-    `weight`: its share of the samples, relative to the others'. `max_epochs`: how often it is read
-    at most; null: without limit. `text_key`: null takes `data.text_key`.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    paths: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    max_epochs: PositiveFloat | None = None
-    text_key: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSettings:
-    """One of `data.stages`: from `start` on, sources have these weights.
-
-    `ramp`: how long the shares take to get there, in a straight line; 0: at once.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    start: AmountField
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-    ramp: AmountField = Amount(0, AmountUnit.TOKENS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DataSettings:
-    """`data`: the corpus, or a mixture of several, and how it becomes samples.
-
-    `paths` is one source, `sources` are several. Without either, the corpus is the running
-    interpreter's own standard library.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    paths: Annotated[tuple[str, ...], BeforeValidator(_one_or_many)]
-    sources: dict[str, SourceSettings]
-    stages: tuple[StageSettings, ...]
-    text_key: str
-    normalise: Normalise
-    deduplicate: bool
-    max_bad_records: NonNegative
-    token_dtype: str | None
-    sequence_length: Count
-    packing: Packing
-    isolates_documents: bool
-    block_samples: Count | None
-    window_blocks: Count
-    validation_share: Share
-    validation_samples: NonNegative
-    validation_interval_steps: Count | None
-    read_ahead_batches: NonNegative
-    verify: Verify
-    on_bad_shard: OnBadShard
-    cache_dir: str | None
-    cache_bytes: Count
-
-    def named_sources(self) -> dict[str, SourceSettings]:
-        """Return the sources by name, in order; `paths` alone is one that is called text."""
-        return dict(self.sources) or {"text": SourceSettings(paths=self.paths)}
-
-
-class TokenizerKind(StrEnum):
-    """Which tokenizer."""
-
-    BPE = "bpe"
-    FILE = "file"
-    BYTES = "bytes"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenizerSettings:
-    """`tokenizer`: trained on the corpus, read from a `tokenizer.json`, or plain bytes.
-
-    `path`: a tokenizer.json, a folder with one, or a name on the Hugging Face hub. `separator`: the
-    token behind each document; null takes the tokenizer's own.
-    """
-
-    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    kind: TokenizerKind
-    path: str | None
-    vocab_size: Annotated[int, Field(ge=257)]
-    separator: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

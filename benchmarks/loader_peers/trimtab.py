@@ -99,8 +99,9 @@ class Loader:
             sequence_length=SEQUENCE_LENGTH,
             isolates_documents=self.isolates_documents,
         )
-        order = SampleOrder(num_samples=samples.num_samples, seed=SEED, key=f"text:{corpus.digest}")
-        source = MixedSource([SourcePart(name="text", samples=samples, order=order)])
+        key = f"text:{corpus.digest}"
+        self.order = SampleOrder(num_samples=samples.num_samples, seed=SEED, key=key)
+        source = MixedSource([SourcePart(name="text", samples=samples, order=self.order)])
         self._stream = SampleStream(
             source,
             SkipLedger(),

@@ -125,11 +125,7 @@ def replay_config(case: Case, node: Mapping[str, Any], *, num_ranks: int) -> Run
 
 
 def open_corpora(case: Case, config: RunConfig) -> dict[str, Corpus]:
-    """Return the corpora of the run.
-
-    Raises: DataError if their text has changed since, or the run has gone on with samples of
-    another length.
-    """
+    """Return the corpora of the run. Raises: DataError if text or length of samples are others."""
     length, then = config.data.sequence_length, case.sequence_length
     if then not in (0, length):
         raise DataError(

@@ -7,6 +7,7 @@ nothing is lost at a restart and nothing is reset by a rewind.
 from __future__ import annotations
 
 from train.actions import Action, Note, Rewind, Stop
+from train.amounts import Amount
 from train.checkpoint.tiers import Tiers
 from train.events import Callback, CallbackPhase
 from train.recovery.detector import Verdict
@@ -24,7 +25,7 @@ from train.recovery.policy import (
     decide,
 )
 from train.schedule import Schedule
-from train.settings import Amount, RecoverySettings
+from train.settings import RecoverySettings
 from train.signals import StepReport, Update
 
 

@@ -19,6 +19,7 @@ from train.data.mixture import Mixture, MixtureStage
 from train.data.order import SampleOrder
 from train.data.packing import PackedSamples
 from train.data.samples import CutSamples, Samples
+from train.data.settings import DataSettings, OnBadShard, Packing
 from train.data.shards import Corpus, Split
 from train.data.source import MixedSource, SourcePart
 from train.data.store import TokenStore
@@ -26,7 +27,6 @@ from train.data.stream import SampleStream
 from train.data.validation import HeldOut, Validation
 from train.errors import ConfigError, DataError
 from train.schedule import Schedule
-from train.settings import DataSettings, OnBadShard, Packing
 
 logger = logging.getLogger(__name__)
 

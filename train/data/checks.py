@@ -8,7 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from train.settings import AmountUnit, DataSettings
+from train.amounts import AmountUnit
+from train.data.settings import DataSettings
 
 
 def data_problems(data: DataSettings) -> Iterator[str]:

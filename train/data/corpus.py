@@ -32,10 +32,10 @@ from train.data.prepare.sources import SourceFile, list_sources
 from train.data.prepare.tokenizer import TokenizerChoice, fingerprint_of, write_tokenizer
 from train.data.prepare.training_text import training_texts
 from train.data.prepare.work_folder import Job, OutputError, StaleWorkError, is_half_done
+from train.data.settings import DataSettings, SourceSettings, TokenizerKind, TokenizerSettings
 from train.data.shards import Corpus
 from train.durable import write_json
 from train.errors import DataError
-from train.settings import DataSettings, SourceSettings, TokenizerKind, TokenizerSettings
 
 __all__ = ["cache_folder", "open_sources"]
 

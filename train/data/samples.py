@@ -87,7 +87,7 @@ class CutSamples:
                 f"{store.num_tokens:,} tokens make {total} of data.sequence_length="
                 f"{sequence_length}; give more text, or lower data.sequence_length"
             )
-        if isolates_documents and not store.has_documents:
+        if isolates_documents and store.num_tokens and not store.has_documents:
             raise DataError(
                 "data.isolates_documents=true, but the files of the corpus do not say where "
                 "documents begin; set it to false, or prepare the corpus from its text"

@@ -53,7 +53,7 @@ def rational_shares(weights: tuple[float | Fraction, ...]) -> Shares:
     """Return the shares of `weights` as fractions of one denominator, at most `MAX_DENOMINATOR`.
 
     Exact if there is such a denominator, as for weights like 0.7, 0.2, 0.1. Otherwise the one with
-    the smallest largest error, of 1 / 65,536 at most and far less for few sources.
+    the smallest largest error: below 1 / 65,536, and far below for few sources.
 
     Raises: DataError if the weights have no sum, or one is too small to be told from none.
     """
@@ -83,8 +83,8 @@ def rational_shares(weights: tuple[float | Fraction, ...]) -> Shares:
         smallest = min(share for share in shares if share > 0)
         raise DataError(
             f"of weights {', '.join(map(str, weights))} the smallest is {float(smallest):.2g} of "
-            f"the whole, and a mixture tells no shares below 1 in {MAX_DENOMINATOR} from none; "
-            "raise it, or set it to 0 (data.sources.NAME.weight, data.stages)"
+            f"the whole, which is none in fractions of at most {MAX_DENOMINATOR}; raise it, or set "
+            "it to 0 (data.sources.NAME.weight, data.stages)"
         )
     errors = np.where(is_usable, errors, np.inf)
     best = int(np.flatnonzero(errors <= errors.min() + _SAME)[0])

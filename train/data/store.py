@@ -21,9 +21,9 @@ from train.data import addresses
 from train.data.cache import ShardCache
 from train.data.mapped import MappedShards, digest_problem
 from train.data.origins import DocumentIndex, SampleOrigin
+from train.data.settings import Verify
 from train.data.shards import Corpus, Shard, Split
 from train.errors import DataError
-from train.settings import Verify
 
 logger = logging.getLogger(__name__)
 

@@ -86,8 +86,8 @@ class Capsules(Callback):
         self._folder = folder
         self._engine = engine
         self._stream = stream
-        # All sources have one tokenizer; of some files, none is known, and no text is shown then.
-        self._corpus = next((c for c in corpora if c.tokenizer_fingerprint), None)
+        # All sources have one tokenizer, though not all files say so.
+        self._corpus = next((c for c in corpora if c.tokenizer_fingerprint), corpora[0])
         self._world = world
         self._log = log
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="capsule")
@@ -229,12 +229,12 @@ class Capsules(Callback):
         """Add the texts and make room. Runs in a thread: no collective, no engine, no exception."""
         try:
             suspects = capsule["suspects"]
-            if suspects and self._corpus is not None:
+            if suspects:
                 decoder = TokenDecoder.open(self._corpus)
                 indices = np.array([one["order_index"] for one in suspects], dtype=np.int64)
                 for suspect, row in zip(suspects, self._stream.rows_of(indices), strict=True):
                     suspect["text"] = decoder.decode(row.tolist(), MAX_TEXT_CHARACTERS)
-            write_atomically(path, as_text({**capsule, "has_texts": self._corpus is not None}))
+            write_atomically(path, as_text({**capsule, "has_texts": True}))
             remove_old(self._folder, num_kept=NUM_INCIDENTS_KEPT)
         except (OSError, DataError) as error:
             logger.warning("%s is left without the texts of its samples: %s", path, error)

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from train.actions import Action, Rewind, Skip, Unskip
+from train.amounts import Amount
 from train.checkpoint.tiers import Tiers
 from train.distributed import World
 from train.durable import write_json
 from train.recovery.history import RecoveryHistory
 from train.recovery.policy import Rung
 from train.schedule import Schedule
-from train.settings import Amount
 from train.state import BatchRange, TrainState
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from launch import cli, control
 from launch.control import Kind, Liveness, Request
 from launch.errors import LaunchError
-from train.settings import Amount
+from train.amounts import Amount
 
 
 @pytest.fixture

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from train.amounts import AmountUnit
 from train.config import parse_config
 from train.errors import ConfigError
-from train.settings import AmountUnit, ChaosKind, RunConfig
+from train.settings import ChaosKind, RunConfig
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 SIZES = sorted(path.stem for path in (CONF / "model" / "size").glob("*.yaml"))

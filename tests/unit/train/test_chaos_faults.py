@@ -13,6 +13,7 @@ import torch
 from sources import RowSource, rows_of
 from torch import Tensor
 
+from train.amounts import Amount, AmountUnit
 from train.chaos import (
     MAX_CREEP,
     BitFlip,
@@ -25,7 +26,7 @@ from train.data.spoiled import PoisonedSource, ShiftedSource
 from train.distributed import World
 from train.engines.build import build_engine
 from train.schedule import Schedule
-from train.settings import Amount, AmountUnit, ChaosKind, RunConfig
+from train.settings import ChaosKind, RunConfig
 from train.signals import Gate, StepSignals
 
 START = 4

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from train.amounts import Amount
 from train.schedule import Schedule
-from train.settings import Amount, Decay, ScheduleSettings
+from train.settings import Decay, ScheduleSettings
 
 PEAK = 3e-3
 

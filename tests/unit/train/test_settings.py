@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from train.amounts import Amount, AmountUnit
 from train.recovery.policy import Rule, Rung
-from train.settings import Amount, AmountUnit, CheckpointSettings, RecoverySettings, Veto
+from train.settings import CheckpointSettings, RecoverySettings, Veto
 
 
 @pytest.mark.parametrize(

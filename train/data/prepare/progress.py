@@ -136,7 +136,7 @@ class Bar:
         self._tally = Tally()
         self._bar: Progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=20),
             TextColumn("{task.percentage:>5.1f}%"),
             TextColumn("{task.fields[counts]}"),
             console=Console(file=output),

@@ -101,17 +101,18 @@ def cut_pieces(text: str, line: int, piece_characters: int) -> Iterator[Piece]:
 def cut_place(text: str) -> int:
     """Return where `text` is cut such that tokens and normal forms stay what they would be.
 
-    That is behind a single line end, else behind any, else before a space, else at the end. In
-    the second half only, so that pieces stay long.
+    That is behind a line end or before a space that stands alone, else behind any line end, before
+    any space, or at the end. In the second half only, so that pieces stay long.
     """
     least = len(text) // 2
-    last = len(text) - 1
-    for _ in range(_MAX_CUT_TRIALS):
-        last = text.rfind("\n", least, last)
-        if last < 1:
-            break
-        if not text[last - 1].isspace() and not text[last + 1].isspace():
-            return last + 1
+    for sign, shift in (("\n", 1), (" ", 0)):
+        place = len(text) - 1
+        for _ in range(_MAX_CUT_TRIALS):
+            place = text.rfind(sign, least, place)
+            if place < 1:
+                break
+            if not text[place - 1].isspace() and not text[place + 1].isspace():
+                return place + shift
     for place in (text.rfind("\n", least) + 1, text.rfind(" ", least)):
         if place > 0:
             return place

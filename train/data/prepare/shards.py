@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -149,7 +150,8 @@ def _write_all(file: BinaryIO, part: memoryview) -> None:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp")
+    # A worker may outlive its job for a moment: it must not write into the file of its successor.
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def _publish(path: Path) -> None:

@@ -128,11 +128,10 @@ def standard_library() -> list[SourceFile]:
 
 def changed_sources(sources: Iterable[SourceFile]) -> list[str]:
     """Return the addresses of sources that are not what they were when they were listed."""
-    now = {source.address: find_file(source.address) for source in sources}
     return [
         source.address
         for source in sources
-        if now[source.address] != Found(source.address, source.num_bytes, source.stamp)
+        if find_file(source.address) != Found(source.address, source.num_bytes, source.stamp)
     ]
 
 

@@ -6,6 +6,7 @@ function of the task's input. Called in the process of the job, or in one of its
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,7 +100,7 @@ class TaskRunner:
             SplitWriter(self._folder, name, split, self._recipe.shard_tokens) for split in SPLITS
         ]
         documents = DocumentSink(
-            self._recipe, self._encoder, writers, self._folder / f"{name}.spilled.tmp"
+            self._recipe, self._encoder, writers, self._folder / f"{name}.{os.getpid()}.tmp"
         )
         try:
             for file in range(task.first_file, task.last_file):

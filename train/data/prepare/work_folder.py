@@ -176,6 +176,8 @@ def take_up(job: Job, settings: dict[str, Any]) -> list[Task]:
     if not path.exists():
         write_json(path, plan)
         return tasks
+    for leftover in job.work.glob("*.tmp"):  # of a task that was cut short
+        leftover.unlink(missing_ok=True)
     there = read_json(path)
     if there["settings"] != settings:
         differences = ", ".join(_differences(there["settings"], settings))

@@ -73,7 +73,8 @@ def make(
     def make_it(module_name: str) -> Callback:
         chosen = callback_class(module_name)
         hints = inspect.get_annotations(chosen.__init__, eval_str=True)
-        hints.pop("return", None)
+        for name in ("return", "is_data_change"):  # the latter has a default
+            hints.pop(name, None)
         return chosen(*(parts[getattr(hint, "__origin__", hint)] for hint in hints.values()))
 
     return make_it

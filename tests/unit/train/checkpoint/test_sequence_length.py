@@ -98,5 +98,5 @@ def test_samples_that_were_put_back_bind_a_run_to_their_length(tmp_path: Path) -
     path = tmp_path / "journal.jsonl"
     returned = replace(SKIP, rung=Rung.UNSKIP, target_checkpoint="", returned=(900, 7, 9))
     Journal(path, sequence_length=100).append(returned)
-    with pytest.raises(JournalError, match="with data.sequence_length=100"):
+    with pytest.raises(JournalError, match=r"with data.sequence_length=100"):
         Journal(path, sequence_length=200).read()

@@ -18,9 +18,7 @@ from train.data.prepare.recipe import Recipe
 from train.data.prepare.sources import list_sources
 from train.data.prepare.tokenizer import TokenizerChoice
 from train.data.prepare.work_folder import Job
-from train.data.shards import Corpus
-from train.errors import DataError
-from train.settings import (
+from train.data.settings import (
     DataSettings,
     Normalise,
     OnBadShard,
@@ -30,6 +28,8 @@ from train.settings import (
     TokenizerSettings,
     Verify,
 )
+from train.data.shards import Corpus
+from train.errors import DataError
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 

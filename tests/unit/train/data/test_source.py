@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-from train.data.mixture import Mixture, MixtureStage
 
 from train.data.layout import DocumentLayout
+from train.data.mixture import Mixture, MixtureStage
 from train.data.order import SampleOrder
 from train.data.origins import SampleOrigin
 from train.data.source import MixedSource, SourcePart
@@ -104,9 +104,7 @@ def test_a_source_is_read_in_its_own_order_and_completely() -> None:
 
 
 def test_layouts_of_several_sources_are_padded_to_one_width() -> None:
-    source = mixed(
-        NumberedSamples(1000, 50, width=3, length=4), NumberedSamples(2000, 30, width=1)
-    )
+    source = mixed(NumberedSamples(1000, 50, width=3, length=4), NumberedSamples(2000, 30, width=1))
     indices = np.arange(12, dtype=np.int64)
     rows = np.empty((12, LENGTH + 1), dtype=source.dtype)
     source.read(indices, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -15,10 +16,10 @@ from token_files import all_tokens, corpus_of, random_shards, shard_of
 
 from train.data import mapped
 from train.data.cache import ShardCache
+from train.data.settings import Verify
 from train.data.shards import Shard
 from train.data.store import TokenStore, check_vocabulary
 from train.errors import DataError
-from train.settings import Verify
 
 
 def store_of(*shards: Shard, dtype: str = "uint16", verify: Verify = Verify.SIZES) -> TokenStore:
@@ -147,6 +148,41 @@ def test_shards_are_opened_when_they_are_read_and_closed_with_the_store(tmp_path
     assert rows(store, offsets_of(12), 2).tolist() == [[2, 3]]
 
 
+def test_announced_is_exactly_what_will_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = [shard_of(tmp_path, str(number), [range(10)], "uint32") for number in range(4)]
+    padded = tmp_path / "3.bin"
+    padded.write_bytes(bytes(8) + padded.read_bytes())
+    shards[3] = dataclasses.replace(shards[3], num_bytes=48, byte_offset=8)
+    store = store_of(*shards, dtype="uint32")
+    announced = []
+
+    def note(descriptor: int, start: int, num_bytes: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        announced.append((name, start, num_bytes))
+
+    monkeypatch.setattr(os, "posix_fadvise", note)
+    store.announce(offsets_of(17, 0, 8, 35), 3)
+    assert announced == [
+        ("1.bin", 28, 12),
+        ("0.bin", 0, 12),
+        ("0.bin", 32, 8),
+        ("1.bin", 0, 4),
+        ("3.bin", 28, 12),
+    ]
+    announced.clear()
+    store.announce(offsets_of(8), 25)
+    assert announced == [
+        ("0.bin", 32, 8),
+        ("1.bin", 0, 40),
+        ("2.bin", 0, 40),
+        ("3.bin", 8, 12),
+    ]
+    assert rows(store, offsets_of(28), 4).tolist() == [[8, 9, 0, 1]]
+
+
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mapped, "_max_open", lambda: 3)
     store = store_of(*(shard_of(tmp_path, str(number), [range(10)]) for number in range(20)))
@@ -168,21 +204,20 @@ def test_shards_give_way_when_there_are_no_descriptors_left(tmp_path: Path) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     rows(store, offsets_of(0), 2)
     free = max(int(name) for name in os.listdir("/proc/self/fd")) + 4
+    spare: list[int] = []
     resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
     try:
         expected = [[at % 10, (at + 1) % 10, (at + 2) % 10] for at in range(0, 198, 2)]
         assert rows(store, np.arange(0, 198, 2), 3).tolist() == expected
-        spare = [os.open(tmp_path, os.O_RDONLY) for _ in range(free - num_descriptors())]
+        with contextlib.suppress(OSError):
+            while True:
+                spare.append(os.open(tmp_path, os.O_RDONLY))
         with pytest.raises(DataError, match=r"h0\.bin cannot be opened .*; raise `ulimit -n`, or"):
             rows(hog, offsets_of(0), 2)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         for descriptor in spare:
             os.close(descriptor)
-
-
-def num_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) - 1
 
 
 def test_one_thread_announces_while_another_reads(

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from sources import RowSource
 
 from train.data.ledger import SkipLedger
 from train.data.origins import SampleOrigin
 from train.data.sequence import Returns
-from train.data.store import CorpusInfo
+from train.data.shards import Corpus, Split
 from train.data.stream import SampleStream
 from train.distributed import World
 from train.errors import DataError
@@ -36,8 +37,11 @@ BATCH = 4
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 
 
-class Source:
+class Source(RowSource):
     """Sample i is the byte i, nine times."""
+
+    sample_tokens = 9
+    dtype = np.dtype(np.uint16)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
         return np.repeat(indices.astype(np.uint16)[:, None] % 256, 9, axis=1)
@@ -169,14 +173,22 @@ class Setup:
             self.folder / "incidents",
             engine=self.engine or LossyEngine(self.losses),
             stream=stream,
-            corpus=CorpusInfo(
-                folder=self.folder,
-                digest="d",
-                num_tokens=1,
-                num_documents=1,
-                vocab_size=257,
-                dtype="uint16",
-            ),
+            corpora=[
+                Corpus(
+                    address=str(self.folder),
+                    digest="d",
+                    dtype="uint16",
+                    vocab_size=257,
+                    tokenizer_path=path
+                    if (path := self.folder / "tokenizer.json").exists()
+                    else None,
+                    tokenizer_fingerprint="of bytes",
+                    separator_id=256,
+                    train=Split(shards=()),
+                    validation=None,
+                    files=(),
+                )
+            ],
             world=self.world,
             log=self.log,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def test_rows_of_all_ranges_together_are_those_of_the_file(tmp_path: Path) -> No
     size = path.stat().st_size
     for count in (2, 5, 40):
         cuts = [size * part // count for part in range(count + 1)]
-        found = [r for a, b in zip(cuts, cuts[1:], strict=False) for r in read(path, RECIPE, a, b)]
+        found = [r for a, b in pairwise(cuts) for r in read(path, RECIPE, a, b)]
         assert [record[1] for record in found] == TEXTS
 
 
