@@ -117,6 +117,9 @@ class EmptySource:
     def announce(self, indices: npt.NDArray[np.int64]) -> None:
         pass
 
+    def look_ahead(self, index: int) -> None:
+        pass
+
     def layout(self, indices: npt.NDArray[np.int64]) -> None:
         return None
 

@@ -29,6 +29,9 @@ class RowSource:
     def announce(self, indices: npt.NDArray[np.int64]) -> None:
         pass
 
+    def look_ahead(self, index: int) -> None:
+        pass
+
     def layout(self, indices: npt.NDArray[np.int64]) -> DocumentLayout | None:
         return None
 

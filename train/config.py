@@ -40,7 +40,6 @@ FREE_KEYS = (
     "data.paths",  # their digests are compared instead
     "data.read_ahead_batches",
     "data.validation_interval_steps",
-    "data.validation_samples",
     "data.verify",
     "data.on_bad_shard",
     "data.cache_",

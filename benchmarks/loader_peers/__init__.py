@@ -73,8 +73,8 @@ PEERS = (
         module="titan",
         distribution="torchtitan",
         install="torchtitan",
-        divisor=20,
-        remark="tokenises live; measured on a 20th of the corpus, its skip is multiplied by 20",
+        divisor=40,
+        remark="tokenises live; measured on a 40th of the corpus, its skip is multiplied by 40",
     ),
     Peer(
         name="grain",

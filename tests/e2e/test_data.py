@@ -16,7 +16,6 @@ from harness import (
     ROOT,
     TINY,
     Fault,
-    Result,
     checkpoints,
     command,
     incidents,
@@ -117,7 +116,7 @@ def test_batch_size_length_and_ranks_change_and_every_sample_is_trained_on_once(
     assert "run.steps: the folder has 12, now 20" in result.output
     trained = lineage(samples)
     assert trained == list(range(len(trained)))
-    assert len(trained) == 4 * 4 + 2 + 4 + 6 + 8 * 8 - 4 + 8 * 12 or len(trained) > 150
+    assert len(trained) == 4 * 4 + 8 * 8 + 8 * 12
 
 
 @pytest.mark.parametrize("micro_batch", [1, 3])
@@ -142,10 +141,8 @@ def test_another_sequence_length_maps_cursor_and_ledger_by_tokens(tmp_path: Path
     run((*arguments, "run.steps=40"), folder).expect(0)
     before = state(checkpoints(folder)[-1])
     assert before["ledger"], "something was skipped"
-    result = run((*arguments, "run.steps=44", "data.sequence_length=48", "chaos=none"), folder)
-    if result.exit_code == 2:  # chaos is a setting of its own
-        result = run((*arguments, "run.steps=44", "data.sequence_length=48"), folder)
-    result.expect(0)
+    longer = ("run.steps=44", "data.sequence_length=48")
+    result = run((*arguments, *longer), folder).expect(0)
     after = state(checkpoints(folder)[-1])
     assert "data.sequence_length is 48 now and was 32" in result.output
     (old_start, old_stop), (start, stop) = before["ledger"][0], after["ledger"][0]
@@ -241,7 +238,7 @@ def test_tokens_of_another_tokenizer_are_refused_before_the_model_sees_them(
 ) -> None:
     tokens = tmp_path / "tokens.bin"
     np.arange(40_000, dtype=np.uint16).tofile(tokens)
-    result: Result = run((*of(tokens), "data.token_dtype=uint16"), tmp_path / "run").expect(2)
+    result = run((*of(tokens), "data.token_dtype=uint16"), tmp_path / "run").expect(2)
     assert "is not in the vocabulary, which has 257" in result.output
     assert metrics(tmp_path / "run") == []
 

@@ -43,6 +43,8 @@ class RunData:
     validation: Validation
     vocab_size: int | None
     """Of the tokenizer; None if no corpus says it."""
+    num_tokens: Mapping[str, int]
+    """Of each source, apart from what preparation held out."""
 
     def description(self) -> dict[str, dict[str, object]]:
         """Return what a reader of the run wants to know of each source, as JSON values."""
@@ -50,7 +52,7 @@ class RunData:
         return {
             part.name: {
                 "samples": part.order.num_samples,
-                "tokens": part.order.num_samples * (part.samples.sample_tokens - 1),
+                "tokens": self.num_tokens[part.name],
                 "share": float(share),
             }
             for part, share in zip(self.source.parts, shares, strict=True)
@@ -85,26 +87,28 @@ def find_bad_shards(corpora: Mapping[str, Corpus], data: DataSettings) -> BadSha
     Raises: DataError if there are any, unless `data.on_bad_shard` is skip; held-out samples are
     never skipped.
     """
+    cache = _cache(data)
     found: dict[str, dict[str, str]] = {}
     for name, corpus in corpora.items():
-        found[name] = _problems(corpus, corpus.train, data)
-        held_out = _problems(corpus, corpus.validation, data) if corpus.validation else {}
+        found[name] = _problems(corpus, corpus.train, data, cache)
+        held_out = _problems(corpus, corpus.validation, data, cache) if corpus.validation else {}
         texts = list(held_out.values())
         if data.on_bad_shard is OnBadShard.STOP:
             texts = [*found[name].values(), *texts]
         if texts:
             raise DataError(
                 f"source {name}: {len(texts)} files of tokens cannot be used: "
-                f"{'; '.join(texts[:3])}; or set data.on_bad_shard=skip to leave out samples of "
-                "training"
+                f"{'; '.join(texts[:3])}"
             )
         for text in found[name].values():
-            logger.warning("%s; its samples go into the skip ledger", text)
+            logger.warning("its samples go into the skip ledger: %s", text)
     return found
 
 
-def _problems(corpus: Corpus, split: Split, data: DataSettings) -> dict[str, str]:
-    with closing(TokenStore(corpus, split, cache=_cache(data), verify=data.verify)) as store:
+def _problems(
+    corpus: Corpus, split: Split, data: DataSettings, cache: ShardCache
+) -> dict[str, str]:
+    with closing(TokenStore(corpus, split, cache=cache, verify=data.verify)) as store:
         return store.problems()
 
 
@@ -120,13 +124,14 @@ def build_data(
 
     Raises: DataError if there is too little text; ConfigError if the mixture ends before the run.
     """
+    cache = _cache(data)
     parts, held_out = [], {}
     for name, corpus in corpora.items():
         is_bad = frozenset((bad_shards or {}).get(name, {}))
-        samples = _samples(corpus, corpus.train, data, is_bad)
+        samples = _samples(corpus, corpus.train, data, cache, is_bad)
         num_trained = samples.num_samples
         if data.validation_samples and corpus.validation is not None:
-            apart = _samples(corpus, corpus.validation, data, frozenset())
+            apart = _samples(corpus, corpus.validation, data, cache)
             held_out[name] = HeldOut(
                 apart, start=0, stop=apart.num_samples, count=data.validation_samples
             )
@@ -163,13 +168,19 @@ def build_data(
         mixture=mixture,
         validation=Validation(held_out, interval_steps=data.validation_interval_steps),
         vocab_size=max((corpus.vocab_size or 0 for corpus in corpora.values()), default=0) or None,
+        num_tokens={name: corpus.train.num_tokens for name, corpus in corpora.items()},
     )
 
 
 def _samples(
-    corpus: Corpus, split: Split, data: DataSettings, bad_shards: frozenset[str]
+    corpus: Corpus,
+    split: Split,
+    data: DataSettings,
+    cache: ShardCache,
+    bad_shards: frozenset[str] = frozenset(),
 ) -> Samples:
-    store = TokenStore(corpus, split, cache=_cache(data), verify=data.verify, bad_shards=bad_shards)
+    # Digests were compared by `find_bad_shards`, on one rank for all.
+    store = TokenStore(corpus, split, cache=cache, bad_shards=bad_shards)
     length, isolates = data.sequence_length, data.isolates_documents
     if data.packing is Packing.BEST_FIT:
         return PackedSamples(

@@ -25,10 +25,10 @@ def data_problems(data: DataSettings) -> Iterator[str]:
     if data.sources and not any(source.weight for source in data.sources.values()):
         yield "data.sources: every weight is 0; give at least one source a positive weight"
     yield from _stage_problems(data)
-    if data.token_dtype not in (None, "uint16", "uint32"):
+    if data.token_dtype not in (None, "uint16", "uint32", "int32", "int64"):
         yield (
-            f"data.token_dtype={data.token_dtype}: should be uint16 or uint32 (or null, where the "
-            "files say it themselves)"
+            f"data.token_dtype={data.token_dtype}: should be uint16, uint32, int32 or int64 (or "
+            "null, where the files say it themselves)"
         )
 
 

@@ -162,8 +162,8 @@ class ReadAhead:
         while (group := self._requests.get()) is not None:
             is_announced = self._announced_groups > 0
             started = time.perf_counter()
-            if is_announced and not self._is_dropping:
-                self._announce(group)
+            if not self._is_dropping:
+                self._announce(group, is_announced=is_announced)
             for plan, buffer in group:
                 self._results.put(self._read(plan, buffer))
             num_rows = sum(len(plan.mine) for plan, _ in group)
@@ -171,9 +171,14 @@ class ReadAhead:
             is_cold = seconds > _COLD_SECONDS_PER_ROW * num_rows
             self._announced_groups = _ANNOUNCED_GROUPS if is_cold else self._announced_groups - 1
 
-    def _announce(self, group: list[tuple[BatchPlan, npt.NDArray[np.integer]]]) -> None:
+    def _announce(
+        self, group: list[tuple[BatchPlan, npt.NDArray[np.integer]]], *, is_announced: bool
+    ) -> None:
+        source = self._stream.source
         try:
-            self._stream.source.announce(np.concatenate([plan.mine for plan, _ in group]))
+            if is_announced:
+                source.announce(np.concatenate([plan.mine for plan, _ in group]))
+            source.look_ahead(int(group[-1][0].indices[-1]))
         except Exception:  # noqa: BLE001 - reading will say what is wrong, to the right caller
             return
 

@@ -1,7 +1,7 @@
 """The global order as tokens: sources of a mixture, each in its own order, behind one index.
 
 Owns the way from an index of the order to tokens. Knows neither ledger nor cursor: those are the
-stream's. Pure: two threads may call it at once.
+stream's. Pure, but for what storage was told of: two threads may read at once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class SampleSource(Protocol):
     def announce(self, indices: Indices) -> None:
         """Tell the storage what will be read soon; returns at once."""
 
+    def look_ahead(self, index: int) -> None:
+        """Tell the storage of the windows that come behind `index`, where the order is local."""
+
     def layout(self, indices: Indices) -> DocumentLayout | None:
         """Return where documents begin and text ends; None if that is not asked for."""
 
@@ -67,6 +70,7 @@ class MixedSource:
     def __init__(self, parts: Sequence[SourcePart], mixture: Mixture | None = None) -> None:
         self.parts = tuple(parts)
         self._mixture = mixture
+        self._told: dict[str, int] = {}
         self.sample_tokens = parts[0].samples.sample_tokens
         self.dtype = max((part.samples.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         assert mixture is not None or len(parts) == 1, "several sources need a mixture"
@@ -97,6 +101,26 @@ class MixedSource:
         """Tell the storage what will be read soon."""
         for part, _, samples in self.locate(indices):
             part.samples.announce(samples)
+
+    def look_ahead(self, index: int) -> None:
+        """Tell the storage of the next window of each source, once. Called in one thread alone."""
+        if all(part.order.window_samples is None for part in self.parts):
+            return
+        for part, own in self._own_indices(index):
+            size = part.order.window_samples
+            told = max(self._told.get(part.name, own), own)
+            if size is None or told > own + size // 2:
+                continue
+            stretches = part.order.blocks_ahead(told, size)
+            self._told[part.name] = told + size
+            samples = [np.arange(first, first + count) for first, count in stretches.tolist()]
+            part.samples.announce(np.concatenate(samples))
+
+    def _own_indices(self, index: int) -> list[tuple[SourcePart, int]]:
+        """Return where each source stands in its own order at `index` of the global one."""
+        if self._mixture is None:
+            return [(self.parts[0], index)]
+        return list(zip(self.parts, self._mixture.given_before(index), strict=True))
 
     def layout(self, indices: Indices) -> DocumentLayout | None:
         """Return the documents of the samples at `indices`."""

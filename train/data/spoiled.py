@@ -33,6 +33,10 @@ class SpoiledSource:
         """Tell the storage what will be read soon."""
         self._source.announce(indices)
 
+    def look_ahead(self, index: int) -> None:
+        """Tell the storage of the windows that come."""
+        self._source.look_ahead(index)
+
     def layout(self, indices: npt.NDArray[np.int64]) -> DocumentLayout | None:
         """Return the documents of the samples, spoiled or not."""
         return self._source.layout(indices)

@@ -55,6 +55,8 @@ class Finish:
 
     def run(self, results: Sequence[TaskResult]) -> dict[str, Any]:
         """Write the corpus and return its manifest. Raises: DataError if it would be empty."""
+        for leftover in self.folder.glob("*.tmp"):  # of a pass that was cut short
+            leftover.unlink()
         lines_before = self._lines_before(results)
         splits: dict[str, Any] = {}
         num_duplicates = 0

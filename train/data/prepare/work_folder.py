@@ -144,10 +144,9 @@ def _clear(job: Job) -> None:
     Raises: DataError if the folder holds files that are no corpus.
     """
     wanted = {MANIFEST_FILE, TOKENIZER_FILE, BAD_RECORDS_FILE, WORK_FOLDER}
+    begins = ("train-", "validation-", *(f".{name}." for name in wanted))
     ours = [
-        path
-        for path in job.folder.iterdir()
-        if path.name in wanted or path.name.startswith(("train-", "validation-"))
+        path for path in job.folder.iterdir() if path.name in wanted or path.name.startswith(begins)
     ]
     others = sorted(path.name for path in job.folder.iterdir() if path not in ours)
     if others:

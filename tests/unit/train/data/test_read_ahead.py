@@ -41,6 +41,9 @@ class CountingSource:
     def announce(self, indices: npt.NDArray[np.int64]) -> None:
         self.announced += indices.tolist()
 
+    def look_ahead(self, index: int) -> None:
+        pass
+
     def layout(self, indices: npt.NDArray[np.int64]) -> None:
         return None
 

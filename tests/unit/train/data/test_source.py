@@ -125,3 +125,30 @@ def test_one_source_alone_needs_no_mixture() -> None:
     source.read(np.arange(20, dtype=np.int64), rows)
     assert sorted(rows[:, 0].tolist()) == list(range(20))
     assert source.bad(np.arange(20, dtype=np.int64)).sum() == 1
+
+
+class Listening(NumberedSamples):
+    def __init__(self, num_samples: int) -> None:
+        super().__init__(0, num_samples)
+        self.announced: list[int] = []
+
+    def announce(self, samples: npt.NDArray[np.int64]) -> None:
+        self.announced += samples.tolist()
+
+
+def test_windows_of_a_local_order_are_announced_before_they_are_read_and_hardly_twice() -> None:
+    samples = Listening(4000)
+    order = SampleOrder(num_samples=4000, seed=1, block_samples=10, window_blocks=5)
+    source = MixedSource([SourcePart(name="far", samples=samples, order=order)])
+    for index in range(0, 4000, 8):
+        source.look_ahead(index)
+        ahead = order.samples(np.arange(index, min(index + 24, 4000), dtype=np.int64))
+        assert set(ahead.tolist()) <= set(samples.announced)
+    assert len(samples.announced) < 2.2 * 4000
+
+
+def test_a_global_order_announces_no_windows() -> None:
+    samples = Listening(400)
+    source = MixedSource([part("near", samples)])
+    source.look_ahead(0)
+    assert samples.announced == []

@@ -369,6 +369,8 @@ def test_rows_that_touch_a_bad_shard_are_told(tmp_path: Path) -> None:
     is_bad = store.bad(np.arange(14, dtype=np.int64), 3)
     assert np.flatnonzero(is_bad).tolist() == [2, 3, 4, 5, 6, 7]
     assert store.bad(offsets_of(0, 8), 5).tolist() == [True, False]
+    last = TokenStore(corpus, corpus.train, bad_shards=frozenset({shards[3].address}))
+    assert np.flatnonzero(last.bad(np.arange(14, dtype=np.int64), 3)).tolist() == [10, 11, 12, 13]
     assert not store_of(*shards).bad(np.arange(14, dtype=np.int64), 3).any()
 
 
