@@ -4,9 +4,10 @@ Each loader reads the same 150.66M tokens as batches of 64 samples of 2,048, as 
 rank 0 of 8, in subprocesses of its own, without worker processes: what is counted is processor time
 of all threads. One JSON line a case, then a table. Peers are looked for in the interpreters that
 `--peer-python` names, since their pins contradict ours and one another's; which versions were
-measured is in `loaders-peers.txt`. A peer that is not installed is listed, and no more.
+measured, and how to install them, is in `loaders-peers.txt`. A peer that is not there is listed,
+and no more.
 
-The folder keeps what each loader made of the tokens (about 1.5 GB), so a second run is quick.
+The folder keeps what each loader made of the tokens (1.7 GB), so a second run is quicker.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ class Bench:
         if peer.distribution is not None:
             figures["version"] = self._installed[python][peer.distribution]
         kept = self._folder / "prepared" / f"{peer.module}.json"
-        if not kept.exists():
+        if not kept.exists() or _is_ours(peer):  # ours may have changed since
             shutil.rmtree(self._folder / peer.module, ignore_errors=True)
             made = self._measure(peer, "prepare")
             if "error" not in made:
@@ -108,7 +109,7 @@ class Bench:
         command = [python, "-m", "loader_peers.child", case, peer.module]
         command += ["--folder", str(self._folder), "--samples", str(self._options.samples)]
         command += ["--seconds", str(self._options.seconds)]
-        paths = [BENCHMARKS, ROOT] if peer.module.startswith("trimtab") else [BENCHMARKS]
+        paths = [BENCHMARKS, ROOT] if _is_ours(peer) else [BENCHMARKS]
         environment = {
             **os.environ,
             **ENVIRONMENT,
@@ -149,6 +150,10 @@ def _distributions(python: str) -> dict[str, str]:
     )
     found: dict[str, str] = json.loads(done.stdout)
     return found
+
+
+def _is_ours(peer: Peer) -> bool:
+    return peer.module.startswith("trimtab")
 
 
 def _is_chosen(peer: Peer, names: list[str]) -> bool:
@@ -280,6 +285,8 @@ def show(rows: dict[str, Figures]) -> None:
     """Print the tables."""
     console = Console(width=max(200, Console().width))
     for title, head, lines in as_tables(rows):
+        if not lines:
+            continue
         table = Table(title=title, title_justify="left")
         for number, name in enumerate(head):
             table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
@@ -291,10 +298,12 @@ def show(rows: dict[str, Figures]) -> None:
 def write(path: Path, rows: dict[str, Figures]) -> None:
     """Write the tables as Markdown, or the figures as JSON if the name ends so."""
     if path.suffix == ".json":
-        path.write_text(json.dumps(_rounded(list(rows.values())), indent=1) + "\n")
+        path.write_text(json.dumps([_rounded(row) for row in rows.values()], indent=1) + "\n")
         return
     text = []
     for title, head, lines in as_tables(rows):
+        if not lines:
+            continue
         text += [f"## {title}", "", *(_markdown_row(line) for line in (head, ["---"] * len(head)))]
         text += [*(_markdown_row(line) for line in lines), ""]
     path.write_text("\n".join(text))

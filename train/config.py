@@ -236,13 +236,23 @@ def _file_problems(config: RunConfig) -> Iterator[str]:
     for key, paths in {"data.paths": data.paths, **keys}.items():
         for path in paths:
             is_plain = "://" not in path and not any(mark in path for mark in "*?[")
-            if is_plain and not Path(path).expanduser().exists():
+            # Megatron's files go by what their names share.
+            names = (Path(path).expanduser(), Path(f"{path}.idx").expanduser())
+            if is_plain and not any(name.exists() for name in names):
                 yield f"{key}: {path} does not exist; give a file, a folder or a glob"
     if tokenizer.kind is TokenizerKind.FILE:
         if tokenizer.path is None:
             yield "tokenizer.path is missing; tokenizer=file needs a tokenizer.json"
-        elif not Path(tokenizer.path).expanduser().is_file():
-            yield f"tokenizer.path={tokenizer.path} is not a file; give a tokenizer.json"
+        elif _looks_local(tokenizer.path) and not Path(tokenizer.path).expanduser().exists():
+            yield (
+                f"tokenizer.path={tokenizer.path} does not exist; give a tokenizer.json, a folder "
+                "with one, or a name on the Hugging Face hub"
+            )
+
+
+def _looks_local(path: str) -> bool:
+    """Return whether a tokenizer is a path rather than a name on the hub, as `org/name` is."""
+    return path.endswith(".json") or path.startswith(("/", ".", "~")) or "/" not in path
 
 
 def _recovery_problems(config: RunConfig) -> Iterator[str]:

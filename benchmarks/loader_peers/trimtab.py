@@ -1,6 +1,6 @@
 """Trimtab's own data layer, put together as `train.assembly` does, in this process.
 
-`ReadAhead` over `SampleStream`, eight batches ahead, tokens held against the vocabulary. Nothing of
+`ReadAhead` over `SampleStream`, sixteen batches ahead, tokens held against the vocabulary. Nothing of
 torch is imported, as the data layer needs none.
 """
 
@@ -35,7 +35,7 @@ from train.data.source import MixedSource, SourcePart
 from train.data.store import TokenStore
 from train.data.stream import SampleStream
 
-_READ_AHEAD_BATCHES = 8
+_READ_AHEAD_BATCHES = 16
 
 
 def prepare(folder: Path, tokens_folder: Path, workload: Workload) -> None:

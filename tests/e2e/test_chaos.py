@@ -113,7 +113,7 @@ def test_fifty_bad_batches_take_several_attempts_and_the_run_ends_calm(
     assert len(done) >= 3 and done == FULL_LADDER[: len(done)]
     assert {record["incident"] for record in incidents(folder)} == {1}
     assert found["skipped_samples"] >= 50 * BATCH
-    assert found["validation_loss_nats"] == pytest.approx(clean_loss, rel=0.1)
+    assert found["validation_loss_nats"] == pytest.approx(clean_loss, rel=0.15)
 
 
 # The learning rate.
@@ -122,7 +122,7 @@ def test_fifty_bad_batches_take_several_attempts_and_the_run_ends_calm(
 def test_shock_that_cooling_tames_is_left_behind(tmp_path: Path, clean_loss: float) -> None:
     """It is in the step and not in the data: replaying and skipping do not help."""
     folder = tmp_path / "run"
-    shock = ["chaos=lr_shock", "chaos.length=5 steps", "chaos.factor=30"]
+    shock = ["chaos=lr_shock", "chaos.length=5 steps", "chaos.factor=50"]
     found = expect_complete(run([*FAULTY, *shock, "recovery.cool_factor=0.2"], folder))
     assert rungs(folder) == FULL_LADDER
     assert incidents(folder)[-1]["lr_scale"] == 0.2

@@ -156,7 +156,7 @@ def test_target_that_lay_in_memory_alone_is_reached_from_disk(tmp_path: Path) ->
 
 def test_wrong_learning_rate_is_in_the_state(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shock = ["chaos=lr_shock", "chaos.length=5 steps", "chaos.factor=30"]
+    shock = ["chaos=lr_shock", "chaos.length=5 steps", "chaos.factor=50"]
     run([*FAULTY, *shock, "recovery.ladder=[skip,cool]", "recovery.cool_factor=0.2"], folder)
     replay(folder).expect(0)
     found = attribution(folder)

@@ -56,11 +56,12 @@ def run(folder: Path, incident: int, num_steps_after: int | None, output: Path |
     Raises: NoReplayError; TrimtabError.
     """
     from train.attribution import replayer  # loads torch, which wrong arguments need not wait for
+    from train.attribution.case import open_corpora, read_case, replay_config
     from train.distributed import join_world, launched_size
 
-    case = replayer.read_case(folder, incident)
-    config = replayer.replay_config(case, _read_config(folder), num_ranks=launched_size())
-    corpora = replayer.open_corpora(case, config)
+    case = read_case(folder, incident)
+    config = replay_config(case, _read_config(folder), num_ranks=launched_size())
+    corpora = open_corpora(case, config)
     _make_deterministic(is_on=config.run.is_deterministic)
     after = replayer.DEFAULT_NUM_STEPS_AFTER if num_steps_after is None else num_steps_after
     num_steps = replayer.num_steps_in_all(case, after)

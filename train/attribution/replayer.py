@@ -1,30 +1,20 @@
 """A whole replay: from a run folder and the number of an incident to the attribution of its cause.
 
-Reads the run's config, journal, checkpoints, metrics and capsule; writes nothing itself. Owns the
-four trials and what is put together of them; the modules beside it step, judge and conclude.
+Owns the four trials and what is put together of them; writes nothing itself. The modules beside it
+read the case, step, judge and conclude.
 """
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from monitoring.attribution import curve_before
-from monitoring.records import METRICS_FILE, RUN_FILE, number, read_json_lines
-from monitoring.replay_plan import (
-    CHECKPOINTS_FOLDER,
-    INCIDENTS_FOLDER,
-    ReplayPlan,
-    checkpoints_of,
-    make_plan,
-)
+from monitoring.replay_plan import CHECKPOINTS_FOLDER
 from train.attribution.bench import Bench, Course, Moment, RepeatedStep
+from train.attribution.case import Case
 from train.attribution.conclusion import Cause, HardwareSuspect, conclude, suspect_hardware
 from train.attribution.outcome import (
     Outcome,
@@ -35,113 +25,25 @@ from train.attribution.outcome import (
 )
 from train.chaos import inject_into_engine, inject_into_source, schedule_of
 from train.checkpoint.store import CheckpointStore
-from train.config import parse_config
 from train.data.build import DataChanges, build_data
-from train.data.corpus import open_sources
 from train.data.ledger import SkipLedger
 from train.data.sequence import Returns
 from train.data.shards import Corpus
 from train.data.stream import SampleStream
 from train.distributed import World
 from train.engines.build import build_engine
-from train.errors import DataError
-from train.recovery.capsule import CAPSULE_FILE
 from train.recovery.environment import device_name, host_name, ranks_by_value, versions
-from train.recovery.history import RecoveryHistory
-from train.recovery.journal import Incident, Journal, now_utc
+from train.recovery.journal import now_utc
 from train.recovery.suspects import NUM_STEPS_BEFORE_ONSET
-from train.settings import EngineKind, RunConfig
+from train.settings import RunConfig
 
 logger = logging.getLogger(__name__)
 
-JOURNAL_FILE = "journal.jsonl"
 DEFAULT_NUM_STEPS_AFTER = 4
 # Steps before the target are executed to get there, and shown no further back than this.
 _NUM_BATCHES_SHOWN_BEFORE = 50
 
 Result = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """An incident and all that the run folder says about it. Equal on all ranks."""
-
-    folder: Path
-    plan: ReplayPlan
-    history: RecoveryHistory
-    capsule: Mapping[str, Any]
-    original: Sequence[Mapping[str, Any]]
-    sequence_length: int
-
-    def losses(self) -> dict[int, float | None]:
-        """Return the run's losses by step, None where they were not finite."""
-        return {int(point["step"]): number(point, "loss_nats") for point in self.original}
-
-    @property
-    def run_ranks(self) -> int:
-        """How many ranks the run had."""
-        return self.plan.start.num_ranks
-
-
-def read_case(folder: Path, incident: int) -> Case:
-    """Return what a run folder says about an incident. Reads alone.
-
-    Raises: NoReplayError; JournalError if the journal was changed.
-    """
-    records: list[Incident] = Journal(folder / JOURNAL_FILE).read()
-    plan = make_plan([asdict(r) for r in records], checkpoints_of(folder), incident)
-    metrics = read_json_lines(folder / METRICS_FILE).records
-    lengths = [record.sequence_length for record in records if record.incident == incident]
-    return Case(
-        folder=folder,
-        sequence_length=lengths[0],
-        plan=plan,
-        history=RecoveryHistory(records[: plan.num_records_before]),
-        capsule=_read_object(folder / INCIDENTS_FOLDER / plan.folder_name / CAPSULE_FILE),
-        original=curve_before(
-            metrics,
-            clock=plan.clock,
-            steps=range(plan.start.step + 1, plan.detected_step + 2),
-        ),
-    )
-
-
-def replay_config(case: Case, node: Mapping[str, Any], *, num_ranks: int) -> RunConfig:
-    """Return the run's config for a replay on `num_ranks`.
-
-    Engines other than DeepSpeed share one checkpoint format, so the number of ranks may differ. On
-    fewer ranks each has more samples: they are taken in parts as large as a rank of the run had.
-    """
-    changed: dict[str, Any] = copy.deepcopy(dict(node))
-    engine = changed["engine"]
-    is_bound_to_ranks = engine["kind"] in (EngineKind.SINGLE, EngineKind.DDP)
-    if is_bound_to_ranks or (engine["kind"] == EngineKind.FSDP and num_ranks == 1):
-        engine["kind"] = str(EngineKind.AUTO)
-    if engine["micro_batch_samples"] is None and num_ranks < case.run_ranks:
-        engine["micro_batch_samples"] = changed["schedule"]["batch_samples"] // case.run_ranks
-    if changed["chaos"]["rank"] >= num_ranks:
-        changed["chaos"]["rank"] = 0  # what struck one rank strikes once, and not in a replay
-    return parse_config(changed, world_size=num_ranks)
-
-
-def open_corpora(case: Case, config: RunConfig) -> dict[str, Corpus]:
-    """Return the corpora of the run. Raises: DataError if text or length of samples are others."""
-    length, then = config.data.sequence_length, case.sequence_length
-    if then not in (0, length):
-        raise DataError(
-            f"incident {case.plan.incident} happened at data.sequence_length={then}, and the run "
-            f"has gone on with {length}: the same batches cannot be fed again"
-        )
-    corpora = open_sources(config.data, config.tokenizer)
-    known = _read_object(case.folder / RUN_FILE).get("data_digests") or {}
-    for name, corpus in corpora.items():
-        if known.get(name) != corpus.digest:
-            raise DataError(
-                f"the corpus of source {name} has changed since {case.folder} was begun (digest "
-                f"{str(known.get(name))[:12]}, now {corpus.digest[:12]}): the same batches cannot "
-                "be fed again; bring the text back"
-            )
-    return corpora
 
 
 def num_steps_in_all(case: Case, num_steps_after: int) -> int:
@@ -179,7 +81,12 @@ def replay(
     bench = Bench(
         config=config,
         engine=engine,
-        store=CheckpointStore(case.folder / CHECKPOINTS_FOLDER, world, keep_good=2),
+        store=CheckpointStore(
+            case.folder / CHECKPOINTS_FOLDER,
+            world,
+            keep_good=2,
+            sequence_length=config.data.sequence_length,
+        ),
         stream=stream,
         schedule=schedule,
         history=case.history,
@@ -390,9 +297,3 @@ def _caveats(case: Case, config: RunConfig, trials: _Trials, num_ranks: int) -> 
     return found
 
 
-def _read_object(path: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -354,13 +354,13 @@ def _read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
 
 
 def _cursor_at_length(cursor: int, old: int, new: int) -> int:
-    return cursor if old == new else rescale_cursor(cursor, old, new)
+    return cursor if new in (0, old) else rescale_cursor(cursor, old, new)
 
 
 def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
     """Return a checkpoint's state with cursor and ledger in samples of the present length."""
     old = state.get("sequence_length") or sequence_length
-    if old == sequence_length:
+    if sequence_length in (0, old):
         return state
     train_state = state["train_state"]
     cursor = rescale_cursor(train_state["cursor"], old, sequence_length)

@@ -40,17 +40,46 @@ class BlockMemory:
     def __init__(self, make: Callable[[int, int], npt.NDArray[np.int64]]) -> None:
         self._make = make
         self._slots: list[tuple[int, npt.NDArray[np.int64]] | None] = [None] * _NUM_SLOTS
+        self._jump: tuple[int, int, npt.NDArray[np.int64]] | None = None
 
     def read(self, first: int, count: int) -> npt.NDArray[np.int64]:
         """Return a new array of the entries at indices `[first, first + count)`."""
         number, offset = divmod(first, BLOCK_INDICES)
         if offset + count <= BLOCK_INDICES:
+            if not self._has(number) and (few := self._jumped_to(first, count)) is not None:
+                return few.copy()
             return self._block(number)[..., offset : offset + count].copy()
         last = (first + count - 1) // BLOCK_INDICES
         pieces = [self._block(at) for at in range(number, last + 1)]
         pieces[0] = pieces[0][..., offset:]
         pieces[-1] = pieces[-1][..., : first + count - last * BLOCK_INDICES]
         return np.concatenate(pieces, axis=-1)
+
+    def _jumped_to(self, first: int, count: int) -> npt.NDArray[np.int64] | None:
+        """Return the entries alone, unless others of their block were asked for just before.
+
+        Whoever jumps here may not stay, and a first block costs a millisecond.
+        """
+        jump = self._jump
+        if jump is not None and jump[:2] == (first, count):
+            return jump[2]
+        if jump is not None and jump[0] // BLOCK_INDICES == first // BLOCK_INDICES:
+            return None
+        few = self._make(first, count)
+        self._jump = (first, count, few)
+        return few
+
+    def pick(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        """Return the entries at `indices`, in any order, if one kept block has them all."""
+        number = int(indices.min()) // BLOCK_INDICES
+        if int(indices.max()) - number * BLOCK_INDICES >= BLOCK_INDICES or not self._has(number):
+            return None
+        picked: npt.NDArray[np.int64] = self._block(number)[..., indices - number * BLOCK_INDICES]
+        return picked
+
+    def _has(self, number: int) -> bool:
+        slot = self._slots[number % _NUM_SLOTS]
+        return slot is not None and slot[0] == number
 
     def _block(self, number: int) -> npt.NDArray[np.int64]:
         slot = self._slots[number % _NUM_SLOTS]

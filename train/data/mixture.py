@@ -13,8 +13,8 @@ Jackson 1955), and of what is released there is always one that waits. Inside a 
 repeats once what is ahead and behind does, and is kept once.
 
 A stage that becomes known late (`MixtureStage.known_from`) can find too many sources behind at
-once. Then none is ever a whole sample ahead, and each sample comes at most half as many indices
-late as there are sources.
+once. Then none is ever a whole sample ahead, and what is due comes fewer indices late than there
+are sources: so many samples are owed at most, since no more than one a source was given early.
 
 Source: Tijdeman, "The chairman assignment problem", Discrete Math. 32 (1980); Baruah, Cohen,
 Plaxton, Varvel, "Proportionate progress", Algorithmica 15 (1996), for windows and deadlines.

@@ -73,7 +73,10 @@ class SampleOrder:
         if indices.size == 0:
             return np.empty_like(indices)
         first = first_if_consecutive(indices)
-        return self._compute(indices) if first is None else self._memory.read(first, len(indices))
+        if first is not None:
+            return self._memory.read(first, len(indices))
+        picked = self._memory.pick(indices)
+        return self._compute(indices) if picked is None else picked
 
     @property
     def window_samples(self) -> int | None:

@@ -60,6 +60,7 @@ class PackedSamples:
             )
         self.sample_tokens = sequence_length + 1
         self.dtype = store.dtype
+        self.is_padded = self.has_layout = True
         self._store = store
         self._isolates_documents = isolates_documents
         self._padding_id = padding_id

@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 import numpy as np
 import numpy.typing as npt
 
+from train.data.layout import DocumentLayout
 from train.data.ledger import SkipLedger
 from train.data.sequence import Returns
 from train.data.stream import Batch, BatchPlan, DataProof, SampleStream
@@ -39,8 +40,9 @@ def plain_buffer(shape: tuple[int, int], dtype: np.dtype[np.integer]) -> npt.NDA
 class ReadAhead:
     """Delivers what a stream would, sooner.
 
-    `num_batches` are read ahead, in two groups: one is delivered while the other is read. Rows of
-    a batch are valid until two more batches have been asked for. Only one thread may call it.
+    `num_batches` are read ahead, in two groups: one is delivered while the other is read; behind a
+    jump, groups begin small. Rows of a batch are valid until two more batches have been asked for.
+    Only one thread may call it.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ReadAhead:
         self._make_buffer = make_buffer
         self._buffers: dict[int, npt.NDArray[np.integer]] = {}
         self._next_buffer = 0
+        self._next_size = 1
         self._announced_groups = _ANNOUNCED_GROUPS
         # What has been planned and not yet delivered, oldest first.
         self._planned: deque[BatchPlan] = deque()
@@ -85,10 +88,8 @@ class ReadAhead:
         if not self._is_foreseen(cursor, num_samples):
             self._drop()
             self._versions = self._present_versions()
+            self._next_size = 1  # the first batch does not wait for others
             self._plan_group(cursor, num_samples)
-        if len(self._planned) <= self._group_size:
-            last = self._planned[-1]
-            self._plan_group(last.next_cursor, num_samples)
         plan = self._planned.popleft()
         batch = self._results.get()
         if isinstance(batch, BaseException):
@@ -97,6 +98,9 @@ class ReadAhead:
         self._stream.take(plan)
         if len(plan.damaged):
             self._versions = self._present_versions()  # behind us: plans ahead are as they were
+        if len(self._planned) < self._next_size:
+            last = self._planned[-1] if self._planned else plan
+            self._plan_group(last.next_cursor, num_samples)
         return batch
 
     def cursor_after(self, cursor: int, num_samples: int) -> int:
@@ -139,12 +143,13 @@ class ReadAhead:
 
     def _plan_group(self, cursor: int, num_samples: int) -> None:
         group = []
-        for _ in range(self._group_size):
+        for _ in range(self._next_size):
             plan = self._stream.plan(cursor, num_samples)
             group.append((plan, self._buffer(len(plan.mine))))
             self._planned.append(plan)
             cursor = plan.next_cursor
         self._requests.put(group)
+        self._next_size = min(2 * self._next_size, self._group_size)
 
     def _buffer(self, num_rows: int) -> npt.NDArray[np.integer]:
         """Return the buffer that was used longest ago; the batch in it is not valid any more."""
@@ -164,8 +169,9 @@ class ReadAhead:
             started = time.perf_counter()
             if not self._is_dropping:
                 self._announce(group, is_announced=is_announced)
-            for plan, buffer in group:
-                self._results.put(self._read(plan, buffer))
+            layouts = self._layouts([plan for plan, _ in group])
+            for (plan, buffer), layout in zip(group, layouts, strict=True):
+                self._results.put(self._read(plan, buffer, layout))
             num_rows = sum(len(plan.mine) for plan, _ in group)
             seconds = time.perf_counter() - started
             is_cold = seconds > _COLD_SECONDS_PER_ROW * num_rows
@@ -182,10 +188,25 @@ class ReadAhead:
         except Exception:  # noqa: BLE001 - reading will say what is wrong, to the right caller
             return
 
-    def _read(self, plan: BatchPlan, buffer: npt.NDArray[np.integer]) -> Batch | BaseException:
+    def _layouts(self, plans: list[BatchPlan]) -> Sequence[DocumentLayout | BaseException | None]:
+        if self._is_dropping:
+            return [None] * len(plans)
+        try:
+            return self._stream.layouts(plans)
+        except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
+            return [error] * len(plans)
+
+    def _read(
+        self,
+        plan: BatchPlan,
+        buffer: npt.NDArray[np.integer],
+        layout: DocumentLayout | BaseException | None,
+    ) -> Batch | BaseException:
         if self._is_dropping:
             return InterruptedError("dropped")
+        if isinstance(layout, BaseException):
+            return layout
         try:
-            return self._stream.read(plan, buffer)
+            return self._stream.read(plan, buffer, layout)
         except BaseException as error:  # noqa: BLE001 - raised where the batch is asked for
             return error

@@ -33,6 +33,14 @@ class Samples(Protocol):
     def dtype(self) -> np.dtype[np.integer]:
         """What the tokens are kept as."""
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether samples can hold less text than tokens."""
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether `layout` returns one."""
+
     def read(
         self,
         samples: npt.NDArray[np.int64],
@@ -77,10 +85,11 @@ class CutSamples:
         self.num_samples = max(0, total - first) if num_samples is None else num_samples
         self.sample_tokens = sequence_length + 1
         self.dtype = store.dtype
+        self.is_padded = False
+        self.has_layout = isolates_documents
         self._store = store
         self._sequence_length = sequence_length
         self._first = first
-        self._isolates_documents = isolates_documents
         if first + self.num_samples > max(first, total):
             raise DataError(
                 f"samples {first} to {first + self.num_samples} were asked for, and "
@@ -112,7 +121,7 @@ class CutSamples:
 
     def layout(self, samples: npt.NDArray[np.int64]) -> DocumentLayout | None:
         """Return where documents begin in each of `samples`, if they are told apart."""
-        if not self._isolates_documents:
+        if not self.has_layout:
             return None
         offsets = self._offsets(samples)
         return DocumentLayout(starts=self._store.document_starts(offsets, self.sample_tokens))

@@ -71,6 +71,8 @@ class MixedSource:
         self.parts = tuple(parts)
         self._mixture = mixture
         self._told: dict[str, int] = {}
+        self._is_padded = any(part.samples.is_padded for part in parts)
+        self._has_layout = any(part.samples.has_layout for part in parts)
         self.sample_tokens = parts[0].samples.sample_tokens
         self.dtype = max((part.samples.dtype for part in parts), key=lambda dtype: dtype.itemsize)
         assert mixture is not None or len(parts) == 1, "several sources need a mixture"
@@ -124,12 +126,12 @@ class MixedSource:
 
     def layout(self, indices: Indices) -> DocumentLayout | None:
         """Return the documents of the samples at `indices`."""
+        if not self._has_layout:
+            return None
         found = [
             (places, part.samples.layout(samples)) for part, places, samples in self.locate(indices)
         ]
         layouts = [(places, layout) for places, layout in found if layout is not None]
-        if not layouts:
-            return None
         if len(layouts) == 1 and len(layouts[0][0]) == len(indices):
             return layouts[0][1]
         return DocumentLayout(
@@ -163,8 +165,8 @@ class MixedSource:
 
     def num_predictions(self, indices: Indices) -> int:
         """Return how many tokens of the samples are predicted."""
-        if self._mixture is None:
-            return self.parts[0].samples.num_predictions(self.parts[0].order.samples(indices))
+        if not self._is_padded:
+            return len(indices) * (self.sample_tokens - 1)
         return sum(
             part.samples.num_predictions(samples) for part, _, samples in self.locate(indices)
         )

@@ -70,6 +70,8 @@ class TokenStore:
             repair=self._repair,
         )
         self._indices: dict[int, DocumentIndex] = {}
+        # How many documents a row is looked through for at first; found by trial.
+        self._width = 8
 
     def read(
         self,
@@ -155,18 +157,37 @@ class TokenStore:
         low, high = self._span(offsets, length)
         number = bisect_right(self._boundaries, low) - 1
         if high <= self._boundaries[number + 1]:
-            begins = self._index(number).begins
             local = offsets - self._boundaries[number]
-            firsts = begins.searchsorted(local, side="right")
-            counts = begins.searchsorted(local + length, side="left") - firsts
-            rows, ranks = _places(counts)
-            columns = begins[firsts[rows] + ranks] - local[rows]
-        else:
-            columns, counts = self._columns(offsets, length)
-            rows, ranks = _places(counts)
+            return self._starts_in(self._index(number).begins, local, length)
+        columns, counts = self._columns(offsets, length)
+        rows, ranks = _places(counts)
         starts = np.full((len(offsets), 1 + int(counts.max())), length, dtype=np.int32)
         starts[:, 0] = 0
         starts[rows, ranks + 1] = columns
+        return starts
+
+    def _starts_in(
+        self, begins: npt.NDArray[np.int64], offsets: Offsets, length: int
+    ) -> npt.NDArray[np.int32]:
+        """Return where documents begin in rows of one shard.
+
+        One search a row, and a look at as many documents behind it as rows mostly have: a second
+        search for the last one costs more. Rows that have more of them are looked at again.
+        """
+        firsts = begins.searchsorted(offsets, side="right")
+        while True:
+            width = self._width
+            places = firsts[:, None] + np.arange(width)
+            columns = begins.take(places, mode="clip") - offsets[:, None]
+            if int(firsts.max()) + width > len(begins):
+                columns[places >= len(begins)] = length
+            count = int((columns < length).sum(axis=1).max(initial=0))
+            if count < width or width > len(begins):
+                break
+            self._width = 2 * width
+        starts = np.empty((len(offsets), 1 + count), dtype=np.int32)
+        starts[:, 0] = 0
+        np.minimum(columns[:, :count], length, out=starts[:, 1:], casting="unsafe")
         return starts
 
     def _columns(self, offsets: Offsets, length: int) -> tuple[Offsets, Offsets]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Protocol, TypedDict
 
 import numpy as np
@@ -132,7 +134,7 @@ class SampleStream:
         plan = self.plan(cursor, num_samples)
         self.take(plan)
         rows = np.empty((len(plan.mine), self.source.sample_tokens), dtype=self.source.dtype)
-        return self.read(plan, rows)
+        return self.read(plan, rows, *self.layouts([plan]))
 
     def plan(self, cursor: int, num_samples: int) -> BatchPlan:
         """Return which samples `at` would take. No token is read, and nothing is changed."""
@@ -175,10 +177,22 @@ class SampleStream:
             self.ledger.extend((int(position), int(position) + 1) for position in plan.damaged)
             logger.debug("%d samples of damaged files skipped", len(plan.damaged))
 
-    def read(self, plan: BatchPlan, out: npt.NDArray[np.integer]) -> Batch:
+    def layouts(self, plans: Sequence[BatchPlan]) -> list[DocumentLayout | None]:
+        """Return the documents of this rank's samples of each plan; found together, for speed."""
+        mine = [plan.mine for plan in plans]
+        whole = self.source.layout(mine[0] if len(mine) == 1 else np.concatenate(mine))
+        if whole is None:
+            return [None] * len(plans)
+        stops = list(accumulate(len(indices) for indices in mine))
+        return [whole.rows(start, stop) for start, stop in pairwise([0, *stops])]
+
+    def read(
+        self, plan: BatchPlan, out: npt.NDArray[np.integer], layout: DocumentLayout | None
+    ) -> Batch:
         """Read this rank's samples of `plan` into `out`, [len(plan.mine), sequence_length + 1].
 
-        Raises: DataError if a file cannot be read, or a token is none of the vocabulary.
+        `layout`: their documents. Raises: DataError if a file cannot be read, or a token is none of
+        the vocabulary.
         """
         self.source.read(plan.mine, out)
         if self._vocab_size is not None:
@@ -188,7 +202,7 @@ class SampleStream:
             indices=plan.indices,
             next_cursor=plan.next_cursor,
             num_tokens=plan.num_tokens,
-            layout=self.source.layout(plan.mine),
+            layout=layout,
         )
 
     def indices(self, cursor: int, num_samples: int) -> tuple[npt.NDArray[np.int64], int]:

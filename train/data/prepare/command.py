@@ -23,7 +23,7 @@ from train.data.prepare.job import open_work, run_job
 from train.data.prepare.progress import Bar, Lines, Listener
 from train.data.prepare.recipe import MAX_DOCUMENT_BYTES, SHARD_TOKENS, Recipe, check_recipe
 from train.data.prepare.sources import list_sources
-from train.data.prepare.tokenizer import TokenizerChoice
+from train.data.prepare.tokenizer import TOKENIZER_FILE, TokenizerChoice
 from train.data.prepare.verify import verify_folder
 from train.data.prepare.work_folder import Job
 from train.data.prepare.workers import WORKER_OPTION, serve
@@ -166,8 +166,11 @@ def summary(job: Job, manifest: dict[str, Any], seconds: float) -> str:
     )
     if counts["bad_records"]:
         lines += _bad_records(job.folder, counts["bad_records"])
-    folder = shlex.quote(f"data.paths=[{job.folder}]")
-    lines.append(f"train on it with: {folder} model.vocab_size={manifest['vocab_size']}")
+    overrides = [f"data.paths=[{job.folder}]", "tokenizer=bytes"]
+    if tokenizer["kind"] != "bytes":
+        path = f"tokenizer.path={job.folder / TOKENIZER_FILE}"
+        overrides[1:] = ["tokenizer=file", path, f"model.vocab_size={manifest['vocab_size']}"]
+    lines.append(f"train on it with: {shlex.join(overrides)}")
     return "\n".join(lines) + "\n"
 
 

@@ -142,7 +142,7 @@ class Bar:
             console=Console(file=output),
             transient=True,
         )
-        self._task = self._bar.add_task("listing", total=1.0, counts="")
+        self._task = self._bar.add_task("starting", total=1.0, counts="")
         self._drawn = 0.0
 
     def __enter__(self) -> Bar:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+import train.attribution.case
 from monitoring.replay_plan import CheckpointFacts, ReplayPlan
-from train.attribution import replayer
-from train.attribution.replayer import Case, num_steps_in_all, open_corpora, replay_config
+from train.attribution.case import Case, open_corpora, replay_config
+from train.attribution.replayer import num_steps_in_all
 from train.errors import DataError
 from train.recovery.history import RecoveryHistory
 from train.settings import EngineKind, RunConfig
@@ -104,7 +105,7 @@ def test_text_that_has_changed_is_refused(
     class Corpus:
         digest = "b" * 64
 
-    monkeypatch.setattr(replayer, "open_sources", lambda *_: {"text": Corpus})
+    monkeypatch.setattr(train.attribution.case, "open_sources", lambda *_: {"text": Corpus})
     (tmp_path / "run.json").write_text(json.dumps({"data_digests": {"text": "a" * 64}}))
     config, _ = compose_config()
     with pytest.raises(DataError, match="the corpus of source text has changed"):

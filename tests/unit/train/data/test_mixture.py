@@ -107,7 +107,7 @@ def test_stage_known_late_puts_no_source_ahead_and_none_far_behind(
 ) -> None:
     ahead, behind = deviations(*made)
     assert ahead < 1
-    assert behind < 1 + len(made[0].given_before(0)) / 2
+    assert behind < len(made[0].given_before(0))
 
 
 @PROPERTY

@@ -165,8 +165,9 @@ def test_samples_of_damaged_files_are_passed_over_and_skipped_for_good() -> None
 def test_cold_reads_are_announced() -> None:
     source = CountingSource()
     with reading_ahead(stream_of(source)) as ahead:
-        ahead.at(0, 2)
-    assert source.announced[:4] == [0, 1, 2, 3]
+        for cursor in (0, 2, 4):
+            ahead.at(cursor, 2)
+    assert source.announced[:6] == [0, 1, 2, 3, 4, 5]
 
 
 def test_closing_ends_the_thread() -> None:

@@ -24,6 +24,8 @@ class NumberedSamples:
 
     def __init__(self, base: int, num_samples: int, *, width: int = 0, length: int = 0) -> None:
         self.num_samples = num_samples
+        self.is_padded = bool(length)
+        self.has_layout = bool(width)
         self._base = base
         self._width = width
         self._length = length

@@ -47,7 +47,7 @@ def test_summary_says_what_there_is_and_how_to_train_on_it(
     assert "1 duplicates, 1 empty documents, 4 bad records" in captured.out
     assert f"    {source}:53 is not JSON (Expecting value)\n" in captured.out
     assert f"    and 1 more; the first of them are in {out}/bad_records.jsonl" in captured.out
-    assert f"train on it with: 'data.paths=[{out}]' model.vocab_size=257" in captured.out
+    assert f"train on it with: 'data.paths=[{out}]' tokenizer=bytes\n" in captured.out
     assert captured.err.splitlines()[0].startswith("tokenising 0.0 MB")
 
 
@@ -57,6 +57,9 @@ def test_same_command_again_says_the_same_at_once(
     arguments = [source, "--output", tmp_path / "out", "--tokenizer=bpe:280", "--processes=1"]
     assert prepare(*arguments) == 0
     first = capsys.readouterr().out.splitlines()[1:]
+    assert first[-1].endswith(
+        f"tokenizer=file tokenizer.path={tmp_path}/out/tokenizer.json model.vocab_size=280"
+    )
     assert prepare(*arguments) == 0
     assert capsys.readouterr().out.splitlines()[1:] == first
 
