@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from engine_tasks import base_config, results, with_engine
 from fakes import BATCH_SAMPLES, SEQUENCE_LENGTH, Process, corrupt_snapshot, rewind_to
+from sources import RowSource
 
 from train.checkpoint.info import Health
 from train.checkpoint.snapshots import snapshot_name
@@ -31,20 +32,22 @@ OLDER_STEP, TARGET_STEP, LAST_STEP = 2, 4, 8
 DEADLINE_SECONDS = 30
 
 
-class PatternSource:
-    """Samples that can be learnt, and differ from each other."""
+class PatternSource(RowSource):
+    """Samples that can be learnt, and differ from each other; remembers this rank's of batches."""
+
+    sample_tokens = SEQUENCE_LENGTH + 1
+    dtype = np.dtype(np.uint16)
 
     def __init__(self) -> None:
         self.taken: list[int] = []
 
+    def layout(self, indices: npt.NDArray[np.int64]) -> None:
+        self.taken += indices.tolist()  # asked for once a batch, and for nothing else
+
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:
-        self.taken += indices.tolist()
         ramp = np.arange(SEQUENCE_LENGTH + 1)[None, :] * (1 + indices[:, None] % 3)
         rows: npt.NDArray[np.integer] = ((indices[:, None] + ramp) % 257).astype(np.uint16)
         return rows
-
-    def origins(self, index: int) -> Any:
-        raise NotImplementedError
 
 
 class Diary(Callback):

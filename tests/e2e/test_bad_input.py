@@ -147,7 +147,7 @@ def test_folder_of_another_config_is_refused_with_the_keys_that_differ(
     result = command([*TINY, *changed], folder).expect(2)
     assert "holds a run with another config: use another run.name" in result.output
     assert "optim.lr: the folder has 0.01, now 0.02" in result.output
-    assert "run.seed: the folder has 1234, now 50" in result.output
+    assert "run.seed: the folder has 20, now 50" in result.output
     assert "run.steps:" not in result.output, "a run may be lengthened"
     assert "interval_steps:" not in result.output, "it does not change what is learnt"
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
