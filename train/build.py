@@ -16,7 +16,7 @@ import torch
 
 from train.assembly import Scene, assemble
 from train.chaos import inject_into_engine, schedule_of
-from train.data.build import build_data, find_bad_shards
+from train.data.build import RunData, build_data, find_bad_shards
 from train.data.corpus import open_sources
 from train.data.read_ahead import ReadAhead
 from train.data.shards import Corpus
@@ -59,14 +59,14 @@ def execute(
             ]
         )
     # Too little text is refused before any process group is made.
-    build_data(corpora, config.data, schedule_of(config), seed=config.run.seed)
+    data = build_data(corpora, config.data, schedule_of(config), seed=config.run.seed)
     if torch.cuda.is_available():  # CPUs give the same bits by themselves, and it costs 0.8 s there
         # cuBLAS needs this, before its first use, to give the same bits each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.
-        _execute_in(world, config, node, corpora, process_start_time)
+        _execute_in(world, config, node, corpora, data, process_start_time)
 
 
 def _execute_in(
@@ -74,6 +74,7 @@ def _execute_in(
     config: RunConfig,
     node: Mapping[str, Any],
     corpora: Mapping[str, Corpus],
+    data: RunData,
     process_start_time: float,
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
@@ -82,9 +83,10 @@ def _execute_in(
         log_to_folder(folder.path)
         bad_shards = _agree(world, lambda: find_bad_shards(corpora, config.data))
         schedule = schedule_of(config)
-        data = build_data(
-            corpora, config.data, schedule, seed=config.run.seed, bad_shards=bad_shards
-        )
+        if any(bad_shards.values()):
+            data = build_data(
+                corpora, config.data, schedule, seed=config.run.seed, bad_shards=bad_shards
+            )
         run = assemble(
             Scene(
                 config=config,
