@@ -218,7 +218,7 @@ def _corrupt_the_resume() -> None:
         with torch.no_grad():
             for parameter in self._engine.model.parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise * parameter.std() * 2)
+                parameter.add_(noise * parameter.std() * 4)
         return resumed
 
     _wrap(Rewinder, "resume", resume)
