@@ -106,6 +106,7 @@ class EmptySource:
     """Samples of zeros; remembers which batches were planned of, in order."""
 
     sample_tokens = SEQUENCE_LENGTH + 1
+    num_indices: int | None = None
     dtype = np.dtype(np.uint16)
 
     def __init__(self) -> None:

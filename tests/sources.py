@@ -18,6 +18,7 @@ class RowSource:
     """A source whose tokens `rows` makes up; nothing is wrong with it."""
 
     sample_tokens = 65
+    num_indices: int | None = None
     dtype: np.dtype[Any] = np.dtype(np.int64)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:

@@ -248,7 +248,7 @@ def _tracking(scene: Scene, engine: Engine) -> Tracking:
         peak_flops=peak_flops(scene.world.device, config.engine.peak_tflops),
         group_names=engine.group_names,
         data=scene.data.description(),
-        bad_shards=tuple(line for lines in scene.bad_shards.values() for line in lines.values()),
+        bad_shards=scene.bad_shards,
         changed_settings=folder.changes,
     )
     console = ConsoleProgress(config.run.steps, config.run.name)

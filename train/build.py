@@ -16,7 +16,12 @@ import torch
 
 from train.assembly import Scene, assemble
 from train.chaos import inject_into_engine, schedule_of
-from train.data.build import RunData, build_data, find_bad_shards
+from train.data.build import (
+    RunData,
+    build_data,
+    find_bad_shards,
+    refuse_short_mixture,
+)
 from train.data.corpus import open_sources
 from train.data.read_ahead import ReadAhead
 from train.data.shards import Corpus
@@ -59,7 +64,9 @@ def execute(
             ]
         )
     # Too little text is refused before any process group is made.
-    data = build_data(corpora, config.data, schedule_of(config), seed=config.run.seed)
+    data = build_data(corpora, config.data, seed=config.run.seed)
+    if not config.run.folder.exists():
+        refuse_short_mixture(data, config.data, schedule_of(config))
     if torch.cuda.is_available():  # CPUs give the same bits by themselves, and it costs 0.8 s there
         # cuBLAS needs this, before its first use, to give the same bits each time.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -78,15 +85,14 @@ def _execute_in(
     process_start_time: float,
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
+    _agree_on_corpora(world, corpora)
     with closing(FolderLock(config.run.folder)) as lock:
         folder = _open_folder(config, node, corpora, world, lock)
         log_to_folder(folder.path)
         bad_shards = _agree(world, lambda: find_bad_shards(corpora, config.data))
         schedule = schedule_of(config)
         if any(bad_shards.values()):
-            data = build_data(
-                corpora, config.data, schedule, seed=config.run.seed, bad_shards=bad_shards
-            )
+            data = build_data(corpora, config.data, seed=config.run.seed, bad_shards=bad_shards)
         run = assemble(
             Scene(
                 config=config,
@@ -101,11 +107,22 @@ def _execute_in(
             )
         )
         try:
-            _start_and_train(config, world, folder, run)
+            _start_and_train(config, world, folder, run, node)
         finally:
             run.events.close()
             if isinstance(run.data, ReadAhead):
                 run.data.close()
+
+
+def _agree_on_corpora(world: World, corpora: Mapping[str, Corpus]) -> None:
+    """Refuse ranks that see other data than rank 0. A collective. Raises: DataError on all."""
+    seen = world.gather({name: corpus.digest for name, corpus in corpora.items()})
+    others = [rank for rank, digests in enumerate(seen) if digests != seen[0]]
+    if others:
+        raise DataError(
+            f"the corpora of rank {others[0]} are not those of rank 0 ({len(others)} ranks "
+            "differ): give all hosts the same files behind data.paths and data.sources"
+        )
 
 
 def _agree(world: World, find: Callable[[], T]) -> T:
@@ -157,8 +174,12 @@ def _open_folder(
     return folder
 
 
-def _start_and_train(config: RunConfig, world: World, folder: RunFolder, run: Run) -> None:
+def _start_and_train(
+    config: RunConfig, world: World, folder: RunFolder, run: Run, node: Mapping[str, Any]
+) -> None:
     resumed = run.rewinder.resume()
+    if world.is_main:
+        folder.take_up(node)  # not before the resume has found the data to be the ones it knows
     state = TrainState() if resumed is None else resumed.state
     # The loop alone sees the fault: what saves and restores is the real engine.
     engine = inject_into_engine(run.engine, config, world, clock=state.clock)
@@ -196,6 +217,7 @@ def _start_and_train(config: RunConfig, world: World, folder: RunFolder, run: Ru
 def _summary(config: RunConfig, run: Run, ending: Ending) -> dict[str, object]:
     """Return how the run ended."""
     evaluation = ending.evaluation
+    run.data.skipped()  # what was passed over is counted too
     skipped = run.data.ledger.num_samples() - run.data.returns.num_samples()
     return {
         "name": config.run.name,

@@ -4,6 +4,7 @@
     ├── ConfigError              2  keys, types, combinations, files that the config names
     │   └── RunFolderError       2  the run folder belongs to another config
     ├── DataError                2  a corpus or tokenizer that cannot be used
+    │   └── DataEndError         2  a mixture with limits has given all that it has
     ├── CheckpointError          1  a checkpoint that cannot be written or read
     │   └── CorruptCheckpointError  a digest, a size or a file of a checkpoint is wrong
     ├── JournalError             1  the recovery journal contradicts the run folder
@@ -43,6 +44,10 @@ class DataError(TrimtabError):
     """A corpus, file or tokenizer that cannot be used."""
 
     exit_code = 2
+
+
+class DataEndError(DataError):
+    """Every source has been read as often as it may: the run ends here."""
 
 
 class CheckpointError(TrimtabError):

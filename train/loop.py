@@ -14,7 +14,7 @@ from train.checkpoint.tiers import Tiers
 from train.data.stream import Batches
 from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
-from train.errors import CheckpointError
+from train.errors import CheckpointError, DataEndError
 from train.events import Events
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
@@ -67,7 +67,10 @@ def train(run: Run, state: TrainState) -> Ending:
     while state.step < run.last_step:
         started = time.perf_counter()
         lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
-        batch = run.data.at(state.cursor, run.schedule.batch_samples_at(state.step))
+        try:
+            batch = run.data.at(state.cursor, run.schedule.batch_samples_at(state.step))
+        except DataEndError as error:
+            return _stop(run, state, _out_of_data(error, state))
         gate = run.events.gate()
         step_started = time.perf_counter()
         signals = run.engine.step(
@@ -106,6 +109,18 @@ def train(run: Run, state: TrainState) -> Ending:
     is_saved = is_saved or _save(run, state, last, Health.CANDIDATE)
     evaluation = _evaluate(run, state) if run.validation.has_samples else None
     return Ending(state=state, is_saved=is_saved, evaluation=evaluation)
+
+
+def _out_of_data(error: DataEndError, state: TrainState) -> Stop:
+    return Stop(
+        reason=str(error),
+        needs_save=True,
+        is_failure=True,
+        code="data_exhausted",
+        rule="data",
+        onset_step=state.step,
+        detected_step=state.step,
+    )
 
 
 def _wanted(answers: list[list[Action]]) -> list[Action]:
@@ -170,7 +185,7 @@ def _evaluate(run: Run, state: TrainState) -> Evaluation:
 def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
     """Keep the state and return True; a save to disk that fails is a warning. A collective."""
     extra = {
-        "ledger": run.data.ledger.ranges(),
+        "ledger": run.data.skipped(),
         "callbacks": run.events.state_dict(),
         "last_samples": run.data.proof(state.cursor),
     }

@@ -5,6 +5,7 @@ run.json         name, id, attempts, data digest   metrics.jsonl   one line a st
 checkpoints/     one folder each                   events.jsonl    the timeline
 incidents/       the evidence of each              control/        what operators ask for
 train.log        what rank 0 logged                summary.json, report.html at the end
+configs/         what config.yaml was before a change, up to which start
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import shutil
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 _RUN_FILE = "run.json"
 _LOCK_FILE = ".lock"
+CONFIGS = "configs"
 _IDENTITY_KEYS = {"name", "run_id", "data_digests", "order_version", "attempts"}
 # What starting over removes: what a run writes, and nothing else that may lie in the folder.
 _OWNED = (
@@ -49,6 +51,7 @@ _OWNED = (
     "swanlog",
     "wandb",
     "config.yaml",
+    CONFIGS,
 )
 
 
@@ -63,6 +66,21 @@ class RunFolder:
     run_id: str
     attempt: int
     changes: tuple[str, ...] = ()
+    data_digests: Mapping[str, str] = field(default_factory=dict)
+
+    def take_up(self, node: Mapping[str, Any]) -> None:
+        """Make the present config and corpora those of the run. Called on rank 0 alone.
+
+        A config that was another one is kept, for whoever asks what an earlier start did.
+        """
+        path, text = self.path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node)))
+        old = path.read_text()
+        if old != text:
+            (self.path / CONFIGS).mkdir(exist_ok=True)
+            write_atomically(self.path / CONFIGS / f"until-{self.attempt:06d}.yaml", old)
+        write_atomically(path, text)
+        known = {**_read_identity(self.path), "data_digests": dict(self.data_digests)}
+        write_json(self.path / _RUN_FILE, known)
 
     @property
     def checkpoints(self) -> Path:
@@ -216,24 +234,7 @@ def open_folder(
     changes: tuple[str, ...] = ()
     if run_file.exists():
         known = _read_identity(path)
-        problems = [
-            f"the corpus of source {source} has changed since {path} was begun (digest "
-            f"{digest[:12]}, now {data_digests.get(source, 'gone')[:12]}): the order of samples "
-            "would not be the same; bring the text back, or set run.overwrite=true"
-            for source, digest in known["data_digests"].items()
-            if data_digests.get(source) != digest
-        ]
-        if problems:
-            raise RunFolderError(problems)
-        if known["order_version"] != ORDER_VERSION:
-            raise RunFolderError(
-                [
-                    f"{path} was begun with version {known['order_version']} of the order of "
-                    f"samples, and this is version {ORDER_VERSION}: go on with the Trimtab that "
-                    "began it, or set run.overwrite=true"
-                ]
-            )
-        known["data_digests"] = dict(data_digests)
+        _refuse_other_data(path, known, data_digests)
         known["attempts"] += 1
         saved = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
         changes = tuple(_changes(saved, node))
@@ -248,11 +249,36 @@ def open_folder(
             "order_version": ORDER_VERSION,
             "attempts": 1,
         }
+        write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node))))
     known["launch_id"] = launch_id()
-    write_atomically(path / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(node))))
     write_json(run_file, known)
-    attempt = int(known["attempts"]) - 1
-    return RunFolder(path=path, run_id=known["run_id"], attempt=attempt, changes=changes)
+    return RunFolder(
+        path=path,
+        run_id=known["run_id"],
+        attempt=int(known["attempts"]) - 1,
+        changes=changes,
+        data_digests=dict(data_digests),
+    )
+
+
+def _refuse_other_data(
+    path: Path, known: Mapping[str, Any], data_digests: Mapping[str, str]
+) -> None:
+    problems = [
+        f"the corpus of source {source} has changed since {path} was begun (digest {digest[:12]}, "
+        f"now {data_digests.get(source, 'gone')[:12]}): the order of samples would not be the "
+        "same; bring the text back, or set run.overwrite=true"
+        for source, digest in known["data_digests"].items()
+        if data_digests.get(source) != digest
+    ]
+    if known["order_version"] != ORDER_VERSION:
+        problems.append(
+            f"{path} was begun with version {known['order_version']} of the order of samples, and "
+            f"this is version {ORDER_VERSION}: go on with the Trimtab that began it, or set "
+            "run.overwrite=true"
+        )
+    if problems:
+        raise RunFolderError(problems)
 
 
 def _changes(saved: object, node: Mapping[str, Any]) -> list[str]:

@@ -98,6 +98,20 @@ def test_a_mixture_that_ends_before_the_run_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mixture_that_ends_in_the_midst_of_a_run_saves_and_says_so(tmp_path: Path) -> None:
+    """It was long enough when the run began; then the batches were made larger."""
+    folder = tmp_path / "run"
+    limits = ("data.sources.tasks.max_epochs=0.05", "data.sources.mail.max_epochs=0.05")
+    run((*MIXTURE, *limits, "run.steps=10"), folder).expect(0)
+    larger = ("run.steps=200", "schedule.batch_samples=64", "data.isolates_documents=false")
+    result = run((*MIXTURE, *limits, *larger), folder, num_ranks=2).expect(3)
+    assert "the sources have given all of their" in result.output
+    assert "Traceback" not in result.output
+    assert summary(folder)["reason_code"] == "data_exhausted"
+    last = state(checkpoints(folder)[-1])["train_state"]
+    assert last["step"] == summary(folder)["step"] > 10
+
+
 # What may change when a run is taken up again.
 
 

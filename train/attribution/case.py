@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from monitoring.attribution import curve_before
-from monitoring.records import METRICS_FILE, RUN_FILE, number, read_json_lines
+from monitoring.records import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    METRICS_FILE,
+    RUN_FILE,
+    integer,
+    number,
+    read_json_lines,
+)
 from monitoring.replay_plan import INCIDENTS_FOLDER, ReplayPlan, checkpoints_of, make_plan
 from train.config import parse_config
 from train.data.corpus import open_sources
@@ -23,6 +31,7 @@ from train.errors import DataError
 from train.recovery.capsule import CAPSULE_FILE
 from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Incident, Journal
+from train.run_folder import CONFIGS
 from train.settings import EngineKind, RunConfig
 
 JOURNAL_FILE = "journal.jsonl"
@@ -38,6 +47,10 @@ class Case:
     capsule: Mapping[str, Any]
     original: Sequence[Mapping[str, Any]]
     sequence_length: int
+    attempt: int
+    """Which start of the run met the incident, from 0."""
+    bad_shards: Mapping[str, Mapping[str, str]]
+    """The files of tokens that this start could not use."""
 
     def losses(self) -> dict[int, float | None]:
         """Return the run's losses by step, None where they were not finite."""
@@ -59,8 +72,12 @@ def read_case(folder: Path, incident: int) -> Case:
     length = next(r.sequence_length for r in records if r.incident == incident)
     records = Journal(folder / JOURNAL_FILE, sequence_length=length).read()  # skips of others, too
     metrics = read_json_lines(folder / METRICS_FILE).records
+    before = [r for r in metrics if (integer(r, "clock") or 0) <= plan.clock]
+    attempt = (integer(before[-1], "attempt") or 0) if before else 0
     return Case(
         folder=folder,
+        attempt=attempt,
+        bad_shards=_bad_shards(folder, attempt),
         sequence_length=length,
         plan=plan,
         history=RecoveryHistory(records[: plan.num_records_before]),
@@ -71,6 +88,23 @@ def read_case(folder: Path, incident: int) -> Case:
             steps=range(plan.start.step + 1, plan.detected_step + 2),
         ),
     )
+
+
+def config_path(case: Case) -> Path:
+    """Return where the config lies that the run had when it met the incident."""
+    kept = sorted((case.folder / CONFIGS).glob("until-*.yaml"))
+    later = [path for path in kept if int(path.stem.removeprefix("until-")) > case.attempt]
+    return later[0] if later else case.folder / CONFIG_FILE
+
+
+def _bad_shards(folder: Path, attempt: int) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for event in read_json_lines(folder / EVENTS_FILE).records:
+        addresses = event.get("addresses")
+        is_it = event.get("kind") == "bad_shards" and event.get("attempt") == attempt
+        if is_it and isinstance(addresses, Mapping):
+            found = {str(name): dict.fromkeys(each, "") for name, each in addresses.items()}
+    return found
 
 
 def replay_config(case: Case, node: Mapping[str, Any], *, num_ranks: int) -> RunConfig:

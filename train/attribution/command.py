@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from monitoring.attribution import ATTRIBUTION_FILE, show_attribution, write_attribution
 from monitoring.console import ConsoleProgress
-from monitoring.records import CONFIG_FILE, UnreadableRecordsError
+from monitoring.records import UnreadableRecordsError
 from monitoring.replay_plan import INCIDENTS_FOLDER, NoReplayError
 from train.errors import ConfigError, RunFolderError, TrimtabError
 from train.logs import log_to_console
@@ -56,11 +56,11 @@ def run(folder: Path, incident: int, num_steps_after: int | None, output: Path |
     Raises: NoReplayError; TrimtabError.
     """
     from train.attribution import replayer  # loads torch, which wrong arguments need not wait for
-    from train.attribution.case import open_corpora, read_case, replay_config
+    from train.attribution.case import config_path, open_corpora, read_case, replay_config
     from train.distributed import join_world, launched_size
 
     case = read_case(folder, incident)
-    config = replay_config(case, _read_config(folder), num_ranks=launched_size())
+    config = replay_config(case, _read_config(config_path(case)), num_ranks=launched_size())
     corpora = open_corpora(case, config)
     _make_deterministic(is_on=config.run.is_deterministic)
     after = replayer.DEFAULT_NUM_STEPS_AFTER if num_steps_after is None else num_steps_after
@@ -95,8 +95,7 @@ def _make_deterministic(*, is_on: bool) -> None:
         torch.use_deterministic_algorithms(is_on)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         node: Any = OmegaConf.to_container(OmegaConf.load(path))
     except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:

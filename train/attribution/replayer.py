@@ -67,7 +67,7 @@ def replay(
     started = time.perf_counter()
     schedule = schedule_of(config)
     engine = inject_into_engine(build_engine(config, world), config, world, is_replay=True)
-    data = build_data(corpora, config.data, schedule, seed=config.run.seed)
+    data = build_data(corpora, config.data, seed=config.run.seed, bad_shards=case.bad_shards)
     ledger = SkipLedger((skip.start, skip.stop) for skip in case.history.skips())
     stream = SampleStream(
         inject_into_source(
@@ -77,6 +77,7 @@ def replay(
         rank=world.rank,
         num_ranks=world.size,
         returns=Returns(case.history.returns()),
+        skips_damaged=any(case.bad_shards.values()),
     )
     bench = Bench(
         config=config,
@@ -295,5 +296,3 @@ def _caveats(case: Case, config: RunConfig, trials: _Trials, num_ranks: int) -> 
         if then and then.get(name) not in (None, now):
             found.append(f"{name} was {then[name]} then and is {now} now")
     return found
-
-

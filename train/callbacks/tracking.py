@@ -50,7 +50,8 @@ class Telemetry:
     group_names: tuple[str, ...]
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Of each source: tokens, samples, share at the start."""
-    bad_shards: tuple[str, ...] = ()
+    bad_shards: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Of each source: addresses of files that cannot be used, and why."""
     changed_settings: tuple[str, ...] = ()
 
 
@@ -89,8 +90,10 @@ class Tracking(Callback):
         )
         if telemetry.changed_settings:
             self._event("settings_changed", start.state, lines=list(telemetry.changed_settings))
-        if telemetry.bad_shards:
-            self._event("bad_shards", start.state, lines=list(telemetry.bad_shards))
+        bad = [line for lines in telemetry.bad_shards.values() for line in lines.values()]
+        if bad:
+            addresses = {name: list(found) for name, found in telemetry.bad_shards.items()}
+            self._event("bad_shards", start.state, lines=bad, addresses=addresses)
         for tracker in self._trackers:
             tracker.start(telemetry.config, start.name, telemetry.run_id, telemetry.folder)
         self._console.start()
@@ -100,11 +103,11 @@ class Tracking(Callback):
             f"{telemetry.engine} on {telemetry.world_size} rank(s), {start.last_step:,} steps, "
             f"folder {telemetry.folder}"
         )
-        if telemetry.bad_shards:
+        if bad:
             self._console.incident(
-                f"{len(telemetry.bad_shards)} files of tokens cannot be used, their samples go "
-                f"into the skip ledger: {telemetry.bad_shards[0]}",
-                f"{len(telemetry.bad_shards)} bad files of tokens",
+                f"{len(bad)} files of tokens cannot be used, their samples go into the skip "
+                f"ledger: {bad[0]}",
+                f"{len(bad)} bad files of tokens",
             )
 
     def after_update(self, report: StepReport) -> None:

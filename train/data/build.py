@@ -13,6 +13,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 
+import numpy as np
+
 from train.data.cache import ShardCache
 from train.data.corpus import cache_folder
 from train.data.mixture import Mixture, MixtureStage
@@ -77,8 +79,10 @@ class DataChanges:
         if not self._changes:
             return False
         stop = self._stream.cursor_after(cursor, self._schedule.batch_samples_at(step))
-        first = bisect_left(self._changes, max(1, cursor))
-        return first < len(self._changes) and self._changes[first] < stop
+        # Changes are places in the order; what was put back makes positions run ahead of them.
+        begin, end = self._stream.returns.resolve(np.array([cursor, stop - 1], dtype=np.int64))
+        first = bisect_left(self._changes, max(1, int(begin)))
+        return first < len(self._changes) and self._changes[first] <= end
 
 
 def find_bad_shards(corpora: Mapping[str, Corpus], data: DataSettings) -> BadShards:
@@ -100,6 +104,11 @@ def find_bad_shards(corpora: Mapping[str, Corpus], data: DataSettings) -> BadSha
                 f"source {name}: {len(texts)} files of tokens cannot be used: "
                 f"{'; '.join(texts[:3])}"
             )
+        if found[name] and len(found[name]) == len(corpus.train.shards):
+            raise DataError(
+                f"source {name}: none of its {len(found[name])} files of tokens can be used: "
+                f"{next(iter(found[name].values()))}; take the source out, or bring its files back"
+            )
         for text in found[name].values():
             logger.warning("its samples go into the skip ledger: %s", text)
     return found
@@ -115,15 +124,11 @@ def _problems(
 def build_data(
     corpora: Mapping[str, Corpus],
     data: DataSettings,
-    schedule: Schedule,
     *,
     seed: int,
     bad_shards: BadShards | None = None,
 ) -> RunData:
-    """Return the data of a run. Cheap: no token is read.
-
-    Raises: DataError if there is too little text; ConfigError if the mixture ends before the run.
-    """
+    """Return the data of a run; no token is read. Raises: DataError if there is too little."""
     cache = _cache(data)
     parts, held_out = [], {}
     for name, corpus in corpora.items():
@@ -150,6 +155,11 @@ def build_data(
                 stop=samples.num_samples,
                 count=data.validation_samples,
             )
+            if held_out[name].is_bad():
+                raise DataError(
+                    f"source {name}: its held-out samples, the end of its tokens, lie in files "
+                    "that cannot be used; bring them back, or set data.validation_samples=0"
+                )
         if num_trained < 1:
             raise DataError(_too_little(name, corpus, samples.num_samples, data))
         order = SampleOrder(
@@ -161,8 +171,6 @@ def build_data(
         )
         parts.append(SourcePart(name=name, samples=samples, order=order))
     mixture = _mixture(parts, data)
-    if mixture is not None and mixture.num_indices is not None:
-        _refuse_short(mixture.num_indices, data, schedule)
     return RunData(
         source=MixedSource(parts, mixture),
         mixture=mixture,
@@ -207,7 +215,8 @@ def _mixture(parts: list[SourcePart], data: DataSettings) -> Mixture | None:
     weights = {name: settings.weight for name, settings in sources.items()}
     stages = [MixtureStage(start_index=0, weights=_in_order(parts, weights))]
     for stage in sorted(data.stages, key=lambda stage: stage.start.value):
-        start, ramp = (-(-a.value // data.sequence_length) for a in (stage.start, stage.ramp))
+        start = -(-stage.start.value // data.sequence_length)
+        ramp = -(-(stage.start.value + stage.ramp.value) // data.sequence_length) - start
         new = MixtureStage(
             start_index=start, weights=_in_order(parts, stage.weights), ramp_indices=ramp
         )
@@ -224,9 +233,10 @@ def _in_order(parts: list[SourcePart], weights: Mapping[str, float]) -> tuple[Fr
     return tuple(Fraction(str(weights.get(part.name, 0.0))) for part in parts)
 
 
-def _refuse_short(num_indices: int, data: DataSettings, schedule: Schedule) -> None:
-    needed = schedule.num_samples
-    if needed > num_indices:
+def refuse_short_mixture(run_data: RunData, data: DataSettings, schedule: Schedule) -> None:
+    """Refuse a new run that is longer than its mixture. Raises: ConfigError."""
+    needed, num_indices = schedule.num_samples, run_data.source.num_indices
+    if num_indices is not None and needed > num_indices:
         raise ConfigError(
             [
                 f"data.sources: with their max_epochs they give {num_indices:,} samples of "

@@ -20,6 +20,7 @@ from train.data.layout import DocumentLayout
 from train.data.ledger import SkipLedger
 from train.data.sequence import Returns
 from train.data.stream import Batch, BatchPlan, DataProof, SampleStream
+from train.errors import DataEndError
 
 BufferMaker = Callable[[tuple[int, int], np.dtype[np.integer]], npt.NDArray[np.integer]]
 
@@ -89,23 +90,28 @@ class ReadAhead:
             self._drop()
             self._versions = self._present_versions()
             self._next_size = 1  # the first batch does not wait for others
-            self._plan_group(cursor, num_samples)
+            self._plan_group([self._stream.plan(cursor, num_samples)])
         plan = self._planned.popleft()
         batch = self._results.get()
         if isinstance(batch, BaseException):
             self._drop()
             raise batch
         self._stream.take(plan)
-        if len(plan.damaged):
-            self._versions = self._present_versions()  # behind us: plans ahead are as they were
         if len(self._planned) < self._next_size:
-            last = self._planned[-1] if self._planned else plan
-            self._plan_group(last.next_cursor, num_samples)
+            self._plan_group(self._plans_behind(self._planned[-1] if self._planned else plan))
         return batch
 
     def cursor_after(self, cursor: int, num_samples: int) -> int:
         """Return where `num_samples` samples from `cursor` on would leave the cursor."""
         return self._stream.cursor_after(cursor, num_samples)
+
+    def skipped(self) -> list[tuple[int, int]]:
+        """Return all skipped ranges, those of samples that were passed over among them."""
+        is_valid = self._versions == self._present_versions()
+        ranges = self._stream.skipped()
+        if is_valid:
+            self._versions = self._present_versions()  # they lie behind what was foreseen
+        return ranges
 
     def proof(self, cursor: int) -> DataProof:
         """Return which samples were read last before `cursor`, and a digest of their tokens."""
@@ -141,14 +147,21 @@ class ReadAhead:
         self._planned.clear()
         self._is_dropping = False
 
-    def _plan_group(self, cursor: int, num_samples: int) -> None:
-        group = []
-        for _ in range(self._next_size):
-            plan = self._stream.plan(cursor, num_samples)
-            group.append((plan, self._buffer(len(plan.mine))))
-            self._planned.append(plan)
-            cursor = plan.next_cursor
-        self._requests.put(group)
+    def _plans_behind(self, plan: BatchPlan) -> list[BatchPlan]:
+        """Return the plans of a group; fewer where the data end: that is said when it comes."""
+        plans = [plan]
+        try:
+            for _ in range(self._next_size):
+                plans.append(self._stream.plan(plans[-1].next_cursor, plan.num_samples))
+        except DataEndError:
+            pass
+        return plans[1:]
+
+    def _plan_group(self, plans: list[BatchPlan]) -> None:
+        if not plans:
+            return
+        self._requests.put([(plan, self._buffer(len(plan.mine))) for plan in plans])
+        self._planned.extend(plans)
         self._next_size = min(2 * self._next_size, self._group_size)
 
     def _buffer(self, num_rows: int) -> npt.NDArray[np.integer]:

@@ -29,6 +29,8 @@ class SampleSource(Protocol):
 
     sample_tokens: int
     dtype: np.dtype[np.integer]
+    num_indices: int | None
+    """Where the order ends; None if it never does."""
 
     def read(self, indices: Indices, out: npt.NDArray[np.integer]) -> None:
         """Fill `out`, [n, T + 1], with the tokens at `indices`, [n]."""
@@ -70,6 +72,7 @@ class MixedSource:
     def __init__(self, parts: Sequence[SourcePart], mixture: Mixture | None = None) -> None:
         self.parts = tuple(parts)
         self._mixture = mixture
+        self.num_indices = None if mixture is None else mixture.num_indices
         self._told: dict[str, int] = {}
         self._is_padded = any(part.samples.is_padded for part in parts)
         self._has_layout = any(part.samples.has_layout for part in parts)

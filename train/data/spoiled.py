@@ -24,6 +24,7 @@ class SpoiledSource:
         self._source = source
         self.sample_tokens = source.sample_tokens
         self.dtype = source.dtype
+        self.num_indices = source.num_indices
 
     def read(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.integer]) -> None:
         """Fill `out` with the tokens at global `indices`."""

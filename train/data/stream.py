@@ -22,7 +22,7 @@ from train.data.origins import SampleOrigin
 from train.data.sequence import Returns
 from train.data.source import SampleSource
 from train.data.store import check_vocabulary
-from train.errors import DataError
+from train.errors import DataEndError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +46,14 @@ class DataProof(TypedDict):
 class BatchPlan:
     """Which samples make up a batch, before any is read.
 
-    `indices`: of the whole batch, in the global order. `mine`: those of this rank. `damaged`:
-    positions that were passed over, since their files are missing or damaged.
+    `positions`, `indices`: of the whole batch, in the run's sequence and in the global order.
+    `mine`: the indices of this rank. `damaged`: positions that were passed over, since their files
+    are missing or damaged.
     """
 
     cursor: int
     num_samples: int
+    positions: npt.NDArray[np.int64]
     indices: npt.NDArray[np.int64]
     mine: npt.NDArray[np.int64]
     next_cursor: int
@@ -92,6 +94,9 @@ class Batches(Protocol):
     def cursor_after(self, cursor: int, num_samples: int) -> int:
         """Return where `num_samples` samples from `cursor` on would leave the cursor."""
 
+    def skipped(self) -> list[tuple[int, int]]:
+        """Return all skipped ranges, those of samples that were passed over among them."""
+
     def proof(self, cursor: int) -> DataProof:
         """Return which samples were read last before `cursor`, and a digest of their tokens."""
 
@@ -125,6 +130,7 @@ class SampleStream:
         self._num_ranks = num_ranks
         self._vocab_size = vocab_size
         self._skips_damaged = skips_damaged
+        self._passed_over: list[int] = []
 
     def at(self, cursor: int, num_samples: int) -> Batch:
         """Return the next `num_samples` samples at or after `cursor` that are not skipped.
@@ -137,16 +143,22 @@ class SampleStream:
         return self.read(plan, rows, *self.layouts([plan]))
 
     def plan(self, cursor: int, num_samples: int) -> BatchPlan:
-        """Return which samples `at` would take. No token is read, and nothing is changed."""
+        """Return which samples `at` would take. No token is read, and nothing is changed.
+
+        Raises: DataEndError, on all ranks alike, if there are not so many any more.
+        """
         positions, next_cursor = self.ledger.take(cursor, num_samples)
-        indices = self.returns.resolve(positions)
+        indices = self._resolve(positions)
         damaged = _NO_POSITIONS
         if self._skips_damaged:
-            indices, next_cursor, damaged = self._without_damaged(positions, indices, next_cursor)
+            positions, indices, next_cursor, damaged = self._without_damaged(
+                positions, indices, next_cursor
+            )
         share = num_samples // self._num_ranks
         return BatchPlan(
             cursor=cursor,
             num_samples=num_samples,
+            positions=positions,
             indices=indices,
             mine=indices[self._rank * share : (self._rank + 1) * share],
             next_cursor=next_cursor,
@@ -159,7 +171,7 @@ class SampleStream:
         positions: npt.NDArray[np.int64],
         indices: npt.NDArray[np.int64],
         next_cursor: int,
-    ) -> tuple[npt.NDArray[np.int64], int, npt.NDArray[np.int64]]:
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, npt.NDArray[np.int64]]:
         """Replace samples of damaged files by the ones that follow. The same on all ranks."""
         passed_over = [_NO_POSITIONS]
         is_bad = self.source.bad(indices)
@@ -167,15 +179,33 @@ class SampleStream:
             passed_over.append(positions[is_bad])
             more, next_cursor = self.ledger.take(next_cursor, int(is_bad.sum()))
             positions = np.concatenate([positions[~is_bad], more])
-            indices = np.concatenate([indices[~is_bad], self.returns.resolve(more)])
+            indices = np.concatenate([indices[~is_bad], self._resolve(more)])
             is_bad = self.source.bad(indices)
-        return indices, next_cursor, np.concatenate(passed_over)
+        return positions, indices, next_cursor, np.concatenate(passed_over)
+
+    def _resolve(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        indices = self.returns.resolve(positions)
+        end = self.source.num_indices
+        if end is not None and int(indices.max(initial=-1)) >= end:
+            raise DataEndError(
+                f"the sources have given all of their {end:,} samples, by their "
+                "data.sources.NAME.max_epochs: raise one, add a source in data.stages, or let the "
+                "run end here with a smaller run.steps"
+            )
+        return indices
 
     def take(self, plan: BatchPlan) -> None:
-        """Note that the batch of `plan` is used: what it passed over is skipped for good."""
-        if len(plan.damaged):
-            self.ledger.extend((int(position), int(position) + 1) for position in plan.damaged)
-            logger.debug("%d samples of damaged files skipped", len(plan.damaged))
+        """Note that the batch of `plan` is used: what it passed over will be skipped for good."""
+        self._passed_over += plan.damaged.tolist()
+
+    def skipped(self) -> list[tuple[int, int]]:
+        """Return all skipped ranges, what was passed over among them: it is put into the ledger.
+
+        Not before this is asked for, at a save: the ledger grows by a range a sample.
+        """
+        self.ledger.extend((position, position + 1) for position in self._passed_over)
+        self._passed_over.clear()
+        return self.ledger.ranges()
 
     def layouts(self, plans: Sequence[BatchPlan]) -> list[DocumentLayout | None]:
         """Return the documents of this rank's samples of each plan; found together, for speed."""

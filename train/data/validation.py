@@ -61,6 +61,10 @@ class HeldOut:
         samples.read(self._numbers, rows)
         return rows, samples.layout(self._numbers)
 
+    def is_bad(self) -> bool:
+        """Return whether a sample touches files that are missing or damaged."""
+        return bool(self._samples.bad(self._numbers).any())
+
     def num_predictions(self) -> int:
         """Return how many tokens are predicted."""
         return self._samples.num_predictions(self._numbers)

@@ -160,10 +160,8 @@ class Capsules(Callback):
         }
 
     def _describe(self, suspect: Suspect, hosts: Sequence[str]) -> dict[str, object]:
-        ledger, returns = self._stream.ledger, self._stream.returns
-        positions, _ = ledger.take(suspect.cursor_before, suspect.num_samples)
-        position = int(positions[suspect.place])
-        index = int(returns.resolve(positions[suspect.place : suspect.place + 1])[0])
+        plan = self._stream.plan(suspect.cursor_before, suspect.num_samples)
+        position, index = int(plan.positions[suspect.place]), int(plan.indices[suspect.place])
         record: dict[str, object] = {
             "order_index": index,
             "position": position,

@@ -80,8 +80,11 @@ def test_runs_have_ids_of_their_own(tmp_path: Path) -> None:
 def test_keys_that_change_nothing_learnt_may_differ(tmp_path: Path) -> None:
     start(tmp_path / "r")
     node = changed(engine={"kind": "fsdp"}, data={"cache_dir": "/elsewhere"})
-    assert start(tmp_path / "r", node).attempt == 1
+    folder = start(tmp_path / "r", node)
+    assert folder.attempt == 1
+    folder.take_up(node)
     assert "fsdp" in (tmp_path / "r" / "config.yaml").read_text()
+    assert "auto" in (tmp_path / "r" / "configs" / "until-000001.yaml").read_text()
 
 
 def test_another_config_is_refused_with_each_key_that_differs(tmp_path: Path) -> None:
@@ -271,6 +274,7 @@ def test_settings_that_may_change_are_said_when_a_run_is_taken_up(tmp_path: Path
     start(tmp_path / "r")
     longer = {**NODE, "run": {**NODE["run"], "steps": NODE["run"].get("steps", 0) + 7}}
     folder = start(tmp_path / "r", longer)
+    folder.take_up(longer)
     assert len(folder.changes) == 1 and folder.changes[0].startswith("run.steps: the folder has")
     assert start(tmp_path / "r", longer).changes == ()
 
@@ -280,7 +284,7 @@ def test_a_source_may_be_added_and_none_may_go_or_change(tmp_path: Path) -> None
         return open_folder(tmp_path / "r", "r", NODE, overwrite=False, data_digests=digests)
 
     begin({"web": "a" * 64})
-    begin({"web": "a" * 64, "code": "b" * 64})
+    begin({"web": "a" * 64, "code": "b" * 64}).take_up(NODE)
     with pytest.raises(RunFolderError, match="the corpus of source code has changed"):
         begin({"web": "a" * 64, "code": "c" * 64})
     with pytest.raises(RunFolderError, match=r"source code .*, now gone"):
@@ -293,3 +297,15 @@ def test_another_version_of_the_order_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), "order_version": 0}))
     with pytest.raises(RunFolderError, match="begun with version 0 of the order of samples"):
         start(tmp_path / "r")
+
+
+def test_a_start_that_is_refused_leaves_config_and_corpora_as_they_were(tmp_path: Path) -> None:
+    start(tmp_path / "r")
+    longer = {**NODE, "run": {**NODE["run"], "steps": 7}}
+    added = {"text": "d" * 64, "math": "e" * 64}
+    path = tmp_path / "r"
+    folder = open_folder(path, "r", longer, overwrite=False, data_digests=added)
+    assert start(path).changes == (), "what was not taken up is not there"
+    folder.take_up(longer)
+    identity = json.loads((path / "run.json").read_text())
+    assert identity["data_digests"] == added and identity["attempts"] == 3

@@ -12,7 +12,7 @@ import pytest
 
 import train.attribution.case
 from monitoring.replay_plan import CheckpointFacts, ReplayPlan
-from train.attribution.case import Case, open_corpora, replay_config
+from train.attribution.case import Case, config_path, open_corpora, replay_config
 from train.attribution.replayer import num_steps_in_all
 from train.errors import DataError
 from train.recovery.history import RecoveryHistory
@@ -57,6 +57,8 @@ def case(folder: Path, *, num_ranks: int = 4) -> Case:
         capsule={},
         original=(),
         sequence_length=0,
+        attempt=0,
+        bad_shards={},
     )
 
 
@@ -122,3 +124,15 @@ def test_steps_of_all_trials_are_counted(tmp_path: Path) -> None:
     assert num_steps_in_all(one, 4) == 3 * (22 - 15 + 4)
     from_memory = replace(one, plan=replace(one.plan, target_step=18))
     assert num_steps_in_all(from_memory, 4) == 3 * (22 - 18 + 4) + 2 * 3
+
+
+def test_the_config_of_the_start_that_met_the_incident_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "configs").mkdir()
+    for name in ("until-000002.yaml", "until-000005.yaml"):
+        (tmp_path / "configs" / name).write_text("")
+    found = [config_path(replace(case(tmp_path), attempt=n)).name for n in (0, 1, 2, 4, 5, 9)]
+    assert found == [
+        *["until-000002.yaml"] * 2,
+        *["until-000005.yaml"] * 2,
+        *["config.yaml"] * 2,
+    ]

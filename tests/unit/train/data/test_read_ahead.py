@@ -14,7 +14,7 @@ from train.data.ledger import SkipLedger
 from train.data.read_ahead import ReadAhead
 from train.data.sequence import Returns
 from train.data.stream import Batch, SampleStream
-from train.errors import DataError
+from train.errors import DataEndError, DataError
 from train.state import BatchRange
 
 LENGTH = 4
@@ -24,6 +24,7 @@ class CountingSource:
     """Each sample is its own index, over and over; notes in which thread it was read."""
 
     sample_tokens = LENGTH + 1
+    num_indices: int | None = None
     dtype = np.dtype(np.uint32)
 
     def __init__(self, *, fails_at: int | None = None, bad: frozenset[int] = frozenset()) -> None:
@@ -157,9 +158,9 @@ def test_samples_of_damaged_files_are_passed_over_and_skipped_for_good() -> None
         first = ahead.at(0, 4)
         assert first.indices.tolist() == [0, 3, 4, 5]
         # What is read ahead is not skipped before it is delivered.
-        assert ahead.ledger.ranges() == [(1, 3)]
+        assert ahead.skipped() == [(1, 3)]
         assert ahead.at(first.next_cursor, 4).indices.tolist() == [7, 8, 9, 10]
-        assert ahead.ledger.ranges() == [(1, 3), (6, 7)]
+        assert ahead.skipped() == [(1, 3), (6, 7)]
 
 
 def test_cold_reads_are_announced() -> None:
@@ -176,3 +177,16 @@ def test_closing_ends_the_thread() -> None:
     ahead.at(0, 2)
     ahead.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("num_batches", [2, 16])
+def test_the_end_of_the_data_is_met_where_it_is_and_not_before(num_batches: int) -> None:
+    source = CountingSource()
+    source.num_indices = 30
+    with reading_ahead(stream_of(source), num_batches) as ahead:
+        cursor = 0
+        for _ in range(7):
+            cursor = ahead.at(cursor, 4).next_cursor
+        with pytest.raises(DataEndError, match="all of their 30 samples"):
+            ahead.at(cursor, 4)
+        assert ahead.at(cursor, 2).indices.tolist() == [28, 29]
