@@ -20,7 +20,8 @@ Sources = Annotated[
     list[str] | None,
     typer.Argument(
         help="Files, folders, globs, or addresses (s3://, gs://, hf://datasets/...) of text, JSONL,"
-        " Parquet, or datasets saved to disk; .gz, .zst, .bz2 and .xz are unpacked.",
+        " Parquet, or datasets saved to disk; .gz, .zst, .bz2 and .xz are unpacked. Each line of"
+        " .jsonl, .ndjson and .json.gz is a record; any other .json, .csv or .ipynb is one text.",
         show_default=False,
     ),
 ]
@@ -37,7 +38,8 @@ Tokenizer = Annotated[
 Separator = Annotated[
     str | None,
     typer.Option(
-        help="The token behind each document.  [default: the tokenizer's own, else <|endoftext|>]"
+        help="The token behind each document, which the tokenizer must have; bytes have their own."
+        "  [default: the tokenizer's own; where none is known, <|endoftext|> is added]"
     ),
 ]
 TextKey = Annotated[
@@ -62,7 +64,11 @@ Processes = Annotated[
     int | None, typer.Option(help="They do not change the result.  [default: one a core]")
 ]
 MaxBadRecords = Annotated[
-    int | None, typer.Option(help="Give up if more records cannot be read.  [default: 1000]")
+    int | None,
+    typer.Option(
+        help="Give up if more records cannot be read; a file that is cut short or damaged stops it"
+        " at once.  [default: 1000]"
+    ),
 ]
 MaxDocumentBytes = Annotated[
     int | None,

@@ -107,6 +107,7 @@ class EmptySource:
 
     sample_tokens = SEQUENCE_LENGTH + 1
     num_indices: int | None = None
+    num_samples = 10**6
     dtype = np.dtype(np.uint16)
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ class RowSource:
 
     sample_tokens = 65
     num_indices: int | None = None
+    num_samples = 10**6
     dtype: np.dtype[Any] = np.dtype(np.int64)
 
     def rows(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.integer]:

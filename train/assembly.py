@@ -29,7 +29,6 @@ from train.data.build import BadShards, DataChanges, RunData
 from train.data.ledger import SkipLedger
 from train.data.read_ahead import ReadAhead
 from train.data.sequence import Returns
-from train.data.settings import OnBadShard
 from train.data.shards import Corpus
 from train.data.stream import Batches, SampleStream
 from train.distributed import World
@@ -79,7 +78,7 @@ def assemble(scene: Scene) -> Run:
     history = RecoveryHistory()
     engine = build_engine(config, world)
     tiers = _tiers(config, folder, engine, history, world)
-    stream = _stream(config, scene.data, schedule, world)
+    stream = _stream(config, scene.data, scene.bad_shards, schedule, world)
     recorder = FlightRecorder()
     capsules = Capsules(
         folder.incidents,
@@ -126,7 +125,9 @@ def assemble(scene: Scene) -> Run:
     )
 
 
-def _stream(config: RunConfig, data: RunData, schedule: Schedule, world: World) -> SampleStream:
+def _stream(
+    config: RunConfig, data: RunData, bad_shards: BadShards, schedule: Schedule, world: World
+) -> SampleStream:
     """Return the samples in order, with the fault that the config puts in, if any."""
     vocab_size = config.model.vocab_size
     return SampleStream(
@@ -136,7 +137,7 @@ def _stream(config: RunConfig, data: RunData, schedule: Schedule, world: World) 
         num_ranks=world.size,
         returns=Returns(),
         vocab_size=vocab_size,
-        skips_damaged=config.data.on_bad_shard is OnBadShard.SKIP,
+        skips_damaged=any(bad_shards.values()),
     )
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -43,8 +43,6 @@ from train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 
 def execute(
     config: RunConfig, node: Mapping[str, Any], *, job_name: str, process_start_time: float
@@ -65,7 +63,7 @@ def execute(
         )
     # Too little text is refused before any process group is made.
     data = build_data(corpora, config.data, seed=config.run.seed)
-    if not config.run.folder.exists():
+    if config.run.overwrite or not config.run.folder.exists():
         refuse_short_mixture(data, config.data, schedule_of(config))
     if torch.cuda.is_available():  # CPUs give the same bits by themselves, and it costs 0.8 s there
         # cuBLAS needs this, before its first use, to give the same bits each time.
@@ -89,10 +87,11 @@ def _execute_in(
     with closing(FolderLock(config.run.folder)) as lock:
         folder = _open_folder(config, node, corpora, world, lock)
         log_to_folder(folder.path)
-        bad_shards = _agree(world, lambda: find_bad_shards(corpora, config.data))
+        bad_shards = find_bad_shards(corpora, config.data, world)
         schedule = schedule_of(config)
         if any(bad_shards.values()):
             data = build_data(corpora, config.data, seed=config.run.seed, bad_shards=bad_shards)
+        data.validation.check(config.model.vocab_size)
         run = assemble(
             Scene(
                 config=config,
@@ -123,23 +122,6 @@ def _agree_on_corpora(world: World, corpora: Mapping[str, Corpus]) -> None:
             f"the corpora of rank {others[0]} are not those of rank 0 ({len(others)} ranks "
             "differ): give all hosts the same files behind data.paths and data.sources"
         )
-
-
-def _agree(world: World, find: Callable[[], T]) -> T:
-    """Return what `find` returns on rank 0, on all ranks. A collective.
-
-    Raises: DataError on all ranks, if rank 0 does.
-    """
-    answer: T | DataError | None = None
-    if world.is_main:
-        try:
-            answer = find()
-        except DataError as error:
-            answer = error
-    answer = world.broadcast(answer)
-    if isinstance(answer, DataError):
-        raise answer
-    return answer
 
 
 def _open_folder(
@@ -179,7 +161,8 @@ def _start_and_train(
 ) -> None:
     resumed = run.rewinder.resume()
     if world.is_main:
-        folder.take_up(node)  # not before the resume has found the data to be the ones it knows
+        # Not before the resume has found the data to be the ones that it knows.
+        _take_up(folder, node)
     state = TrainState() if resumed is None else resumed.state
     # The loop alone sees the fault: what saves and restores is the real engine.
     engine = inject_into_engine(run.engine, config, world, clock=state.clock)
@@ -195,7 +178,8 @@ def _start_and_train(
             num_parameters=run.engine.num_parameters,
             is_resumed=resumed is not None,
             # Right behind a rewind, what comes next may be the trouble that it was made for.
-            is_sound=is_calm and state.clock > run.history.clock,
+            is_sound=is_calm and state.clock > run.history.clock and not folder.changes,
+            is_changed=bool(folder.changes),
         )
     )
     if resumed is not None and resumed.finished_incident is not None:
@@ -211,6 +195,17 @@ def _start_and_train(
         raise CheckpointError(
             f"the run is complete, but its last checkpoint could not be written to "
             f"{run.tiers.store.folder}; make room and run the same command again"
+        )
+
+
+def _take_up(folder: RunFolder, node: Mapping[str, Any]) -> None:
+    try:
+        folder.take_up(node)
+    except OSError as error:
+        logger.warning(
+            "%s cannot be written (%s): it still has the settings of the start before",
+            folder.path / "config.yaml",
+            error.strerror,
         )
 
 

@@ -53,7 +53,8 @@ class RunStart:
     """What callbacks are told when a run starts or is taken up again.
 
     `is_sound`: whether the loss after the resume should continue the loss before it; False if what
-    follows is known to be troubled, or if the resume itself finished a rewind.
+    follows is known to be troubled, or if the resume itself finished a rewind. `is_changed`: taken
+    up with settings that change what is learnt, so a new level of the loss is no trouble.
     """
 
     name: str
@@ -62,6 +63,7 @@ class RunStart:
     num_parameters: int
     is_resumed: bool
     is_sound: bool = True
+    is_changed: bool = False
 
 
 class Callback:

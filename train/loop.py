@@ -70,7 +70,9 @@ def train(run: Run, state: TrainState) -> Ending:
         try:
             batch = run.data.at(state.cursor, run.schedule.batch_samples_at(state.step))
         except DataEndError as error:
-            return _stop(run, state, _out_of_data(error, state))
+            for report in reports.drain():
+                run.events.after_update(report)  # whatever it asks for, the run ends here
+            return _stop(run, state, _out_of_data(error, run, state))
         gate = run.events.gate()
         step_started = time.perf_counter()
         signals = run.engine.step(
@@ -111,13 +113,14 @@ def train(run: Run, state: TrainState) -> Ending:
     return Ending(state=state, is_saved=is_saved, evaluation=evaluation)
 
 
-def _out_of_data(error: DataEndError, state: TrainState) -> Stop:
+def _out_of_data(error: DataEndError, run: Run, state: TrainState) -> Stop:
     return Stop(
         reason=str(error),
         needs_save=True,
         is_failure=True,
         code="data_exhausted",
         rule="data",
+        incident=run.history.last_incident + 1,
         onset_step=state.step,
         detected_step=state.step,
     )
@@ -223,6 +226,7 @@ def _stop(run: Run, state: TrainState, action: Stop) -> Ending:
     logger.warning("stopping: %s", action.reason)
     if action.is_failure:
         run.rewinder.stopped(action, state)
-    if action.needs_save:
+    is_saved = any(info.clock == state.clock for info in run.tiers.store.entries())
+    if action.needs_save and not is_saved:
         _save(run, state, Save(reason="stop"), Health.CANDIDATE)
     return Ending(state=state, stop=action)

@@ -49,7 +49,7 @@ class Case:
     sequence_length: int
     attempt: int
     """Which start of the run met the incident, from 0."""
-    bad_shards: Mapping[str, Mapping[str, str]]
+    bad_shards: Mapping[str, Mapping[int, str]]
     """The files of tokens that this start could not use."""
 
     def losses(self) -> dict[int, float | None]:
@@ -97,13 +97,13 @@ def config_path(case: Case) -> Path:
     return later[0] if later else case.folder / CONFIG_FILE
 
 
-def _bad_shards(folder: Path, attempt: int) -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = {}
+def _bad_shards(folder: Path, attempt: int) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
     for event in read_json_lines(folder / EVENTS_FILE).records:
-        addresses = event.get("addresses")
+        numbers = event.get("numbers")
         is_it = event.get("kind") == "bad_shards" and event.get("attempt") == attempt
-        if is_it and isinstance(addresses, Mapping):
-            found = {str(name): dict.fromkeys(each, "") for name, each in addresses.items()}
+        if is_it and isinstance(numbers, Mapping):
+            found = {str(name): dict.fromkeys(each, "") for name, each in numbers.items()}
     return found
 
 

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from monitoring.attribution import ATTRIBUTION_FILE, show_attribution, write_attribution
 from monitoring.console import ConsoleProgress
-from monitoring.records import UnreadableRecordsError
+from monitoring.records import CONFIG_FILE, UnreadableRecordsError
 from monitoring.replay_plan import INCIDENTS_FOLDER, NoReplayError
 from train.errors import ConfigError, RunFolderError, TrimtabError
 from train.logs import log_to_console
@@ -60,7 +60,7 @@ def run(folder: Path, incident: int, num_steps_after: int | None, output: Path |
     from train.distributed import join_world, launched_size
 
     case = read_case(folder, incident)
-    config = replay_config(case, _read_config(config_path(case)), num_ranks=launched_size())
+    config = replay_config(case, _node(folder, config_path(case)), num_ranks=launched_size())
     corpora = open_corpora(case, config)
     _make_deterministic(is_on=config.run.is_deterministic)
     after = replayer.DEFAULT_NUM_STEPS_AFTER if num_steps_after is None else num_steps_after
@@ -93,6 +93,16 @@ def _make_deterministic(*, is_on: bool) -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is used
         torch.use_deterministic_algorithms(is_on)
+
+
+def _node(folder: Path, path: Path) -> dict[str, Any]:
+    """Return the config at `path`, with the present places of the data: they may have moved."""
+    node, present = _read_config(path), _read_config(folder / CONFIG_FILE)
+    for key in ("paths", "cache_dir", "cache_bytes"):
+        node["data"][key] = present["data"][key]
+    for name, source in node["data"]["sources"].items():
+        source["paths"] = present["data"]["sources"].get(name, source)["paths"]
+    return node
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class SpikeDetection(Callback):
         """After a resume, the loss must go on where it was."""
         if start.is_resumed and start.is_sound:
             self._detector.resumed()
+        if start.is_changed:
+            self._detector.announce(start.state.step + 1)
         self._announce_after(start.state)
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:

@@ -50,8 +50,8 @@ class Telemetry:
     group_names: tuple[str, ...]
     data: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     """Of each source: tokens, samples, share at the start."""
-    bad_shards: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Of each source: addresses of files that cannot be used, and why."""
+    bad_shards: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    """Of each source: numbers of files that cannot be used, and why."""
     changed_settings: tuple[str, ...] = ()
 
 
@@ -92,8 +92,8 @@ class Tracking(Callback):
             self._event("settings_changed", start.state, lines=list(telemetry.changed_settings))
         bad = [line for lines in telemetry.bad_shards.values() for line in lines.values()]
         if bad:
-            addresses = {name: list(found) for name, found in telemetry.bad_shards.items()}
-            self._event("bad_shards", start.state, lines=bad, addresses=addresses)
+            numbers = {name: list(found) for name, found in telemetry.bad_shards.items()}
+            self._event("bad_shards", start.state, lines=bad, numbers=numbers)
         for tracker in self._trackers:
             tracker.start(telemetry.config, start.name, telemetry.run_id, telemetry.folder)
         self._console.start()

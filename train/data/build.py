@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -30,10 +31,13 @@ from train.data.validation import HeldOut, Validation
 from train.errors import ConfigError, DataError
 from train.schedule import Schedule
 
+if TYPE_CHECKING:
+    from train.distributed import World
+
 logger = logging.getLogger(__name__)
 
-BadShards = Mapping[str, Mapping[str, str]]
-"""For each source, the addresses of the files that cannot be used, and why."""
+BadShards = Mapping[str, Mapping[int, str]]
+"""For each source, the numbers of the files that cannot be used, and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +70,10 @@ class RunData:
         return self.mixture.changes if self.mixture is not None else ()
 
 
+# Positions of one batch whose indices are looked at one by one; behind a long skip, only its ends.
+_MAX_LOOKED_AT = 100_000
+
+
 class DataChanges:
     """Tells at which steps the mixture changes: what is announced is no surprise."""
 
@@ -80,45 +88,61 @@ class DataChanges:
             return False
         stop = self._stream.cursor_after(cursor, self._schedule.batch_samples_at(step))
         # Changes are places in the order; what was put back makes positions run ahead of them.
-        begin, end = self._stream.returns.resolve(np.array([cursor, stop - 1], dtype=np.int64))
-        first = bisect_left(self._changes, max(1, int(begin)))
-        return first < len(self._changes) and self._changes[first] <= end
+        ends = np.array([cursor, stop - 1], dtype=np.int64)
+        indices = self._stream.returns.resolve(
+            ends if stop - cursor > _MAX_LOOKED_AT else np.arange(cursor, stop, dtype=np.int64)
+        )
+        first = bisect_left(self._changes, max(1, int(indices.min())))
+        return first < len(self._changes) and self._changes[first] <= int(indices.max())
 
 
-def find_bad_shards(corpora: Mapping[str, Corpus], data: DataSettings) -> BadShards:
-    """Return the problems of files of tokens that cannot be used. Called on rank 0 alone.
+def find_bad_shards(corpora: Mapping[str, Corpus], data: DataSettings, world: World) -> BadShards:
+    """Return the problems of files of tokens that cannot be used. A collective.
 
-    Raises: DataError if there are any, unless `data.on_bad_shard` is skip; held-out samples are
-    never skipped.
+    Raises: DataError, on all ranks, if there are any, unless `data.on_bad_shard` is skip; held-out
+    samples are never skipped, and no source may lose all of its files.
     """
     cache = _cache(data)
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[int, str]] = {}
     for name, corpus in corpora.items():
-        found[name] = _problems(corpus, corpus.train, data, cache)
-        held_out = _problems(corpus, corpus.validation, data, cache) if corpus.validation else {}
-        texts = list(held_out.values())
-        if data.on_bad_shard is OnBadShard.STOP:
-            texts = [*found[name].values(), *texts]
-        if texts:
+        found[name] = _problems(corpus, corpus.train, data, cache, world)
+        texts = list(found[name].values())
+        if corpus.validation is not None and data.validation_samples:
+            held_out = _problems(corpus, corpus.validation, data, cache, world)
+            if held_out:
+                raise DataError(
+                    f"source {name}: held-out samples cannot be read: "
+                    f"{_without_skipping(next(iter(held_out.values())))}, or set "
+                    "data.validation_samples=0"
+                )
+        if texts and data.on_bad_shard is OnBadShard.STOP:
             raise DataError(
                 f"source {name}: {len(texts)} files of tokens cannot be used: "
                 f"{'; '.join(texts[:3])}"
             )
-        if found[name] and len(found[name]) == len(corpus.train.shards):
+        if texts and len(texts) == len(corpus.train.shards):
             raise DataError(
-                f"source {name}: none of its {len(found[name])} files of tokens can be used: "
-                f"{next(iter(found[name].values()))}; take the source out, or bring its files back"
+                f"source {name}: none of its {len(texts)} files of tokens can be used: "
+                f"{_without_skipping(texts[0])}, or take the source out"
             )
-        for text in found[name].values():
-            logger.warning("its samples go into the skip ledger: %s", text)
-    return found
+    return {
+        name: {number: _without_skipping(text) for number, text in texts.items()}
+        for name, texts in found.items()
+    }
+
+
+def _without_skipping(text: str) -> str:
+    """Return what to do about a file, but for what the run does already or cannot do."""
+    return text.removesuffix(", or set data.on_bad_shard=skip")
 
 
 def _problems(
-    corpus: Corpus, split: Split, data: DataSettings, cache: ShardCache
-) -> dict[str, str]:
+    corpus: Corpus, split: Split, data: DataSettings, cache: ShardCache, world: World
+) -> dict[int, str]:
+    """Return what is wrong with which file; each rank looks at its part. A collective."""
     with closing(TokenStore(corpus, split, cache=cache, verify=data.verify)) as store:
-        return store.problems()
+        parts = world.gather(store.problems(slice(world.rank, None, world.size)))
+    return dict(sorted(item for part in parts for item in part.items()))
 
 
 def build_data(
@@ -132,7 +156,8 @@ def build_data(
     cache = _cache(data)
     parts, held_out = [], {}
     for name, corpus in corpora.items():
-        is_bad = frozenset((bad_shards or {}).get(name, {}))
+        numbers = (bad_shards or {}).get(name, {})
+        is_bad = frozenset(corpus.train.shards[number].address for number in numbers)
         samples = _samples(corpus, corpus.train, data, cache, is_bad)
         num_trained = samples.num_samples
         if data.validation_samples and corpus.validation is not None:

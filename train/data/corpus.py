@@ -25,6 +25,7 @@ from train.data.cache import ShardCache
 from train.data.formats import is_tokens, open_corpus
 from train.data.prepare.inputs import is_remote, unreadable
 from train.data.prepare.job import run_job
+from train.data.prepare.notes import notes
 from train.data.prepare.plan import plan_tasks, text_bytes
 from train.data.prepare.progress import Lines, Silence
 from train.data.prepare.recipe import Recipe
@@ -213,6 +214,8 @@ def _build(text: _Text, data: DataSettings, choice: TokenizerChoice, folder: Pat
     counts = manifest["counts"]
     if counts["bad_records"]:
         logger.warning("%d bad records left out: %s", counts["bad_records"], folder)
+    for note in notes(manifest):
+        logger.warning("%s: %s", folder, note)
     logger.info(
         "prepared %s tokens from %d documents in %.1f s: %s",
         f"{manifest['splits']['train']['num_tokens']:,}",

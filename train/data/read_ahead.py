@@ -31,6 +31,7 @@ _COLD_SECONDS_PER_ROW = 2e-5
 # reading from the page cache does.
 _ANNOUNCED_GROUPS = 64
 _NUM_BUFFERED_GROUPS = 3
+_MAX_CLOSING_SECONDS = 5.0
 
 
 def plain_buffer(shape: tuple[int, int], dtype: np.dtype[np.integer]) -> npt.NDArray[np.integer]:
@@ -122,10 +123,10 @@ class ReadAhead:
         self._stream.check(proof)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread; one that waits for a remote file is left to itself."""
         self._is_dropping = True
         self._requests.put(None)
-        self._thread.join()
+        self._thread.join(timeout=_MAX_CLOSING_SECONDS)
 
     def _is_foreseen(self, cursor: int, num_samples: int) -> bool:
         if not self._planned or self._versions != self._present_versions():

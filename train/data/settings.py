@@ -121,8 +121,11 @@ class DataSettings:
     cache_bytes: Count
 
     def named_sources(self) -> dict[str, SourceSettings]:
-        """Return the sources by name, in order; `paths` alone is one that is called text."""
-        return dict(self.sources) or {"text": SourceSettings(paths=self.paths)}
+        """Return the sources, sorted by name: their order in the config changes nothing.
+
+        `paths` alone is one that is called text.
+        """
+        return dict(sorted(self.sources.items())) or {"text": SourceSettings(paths=self.paths)}
 
 
 class TokenizerKind(StrEnum):

@@ -31,6 +31,8 @@ class SampleSource(Protocol):
     dtype: np.dtype[np.integer]
     num_indices: int | None
     """Where the order ends; None if it never does."""
+    num_samples: int
+    """Of one epoch of all sources together."""
 
     def read(self, indices: Indices, out: npt.NDArray[np.integer]) -> None:
         """Fill `out`, [n, T + 1], with the tokens at `indices`, [n]."""
@@ -73,11 +75,12 @@ class MixedSource:
         self.parts = tuple(parts)
         self._mixture = mixture
         self.num_indices = None if mixture is None else mixture.num_indices
+        self.num_samples = sum(part.order.num_samples for part in parts)
         self._told: dict[str, int] = {}
         self._is_padded = any(part.samples.is_padded for part in parts)
         self._has_layout = any(part.samples.has_layout for part in parts)
         self.sample_tokens = parts[0].samples.sample_tokens
-        self.dtype = max((part.samples.dtype for part in parts), key=lambda dtype: dtype.itemsize)
+        self.dtype: np.dtype[np.integer] = np.result_type(*(part.samples.dtype for part in parts))
         assert mixture is not None or len(parts) == 1, "several sources need a mixture"
 
     def locate(self, indices: Indices) -> list[tuple[SourcePart, Indices, Indices]]:

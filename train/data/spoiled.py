@@ -25,6 +25,7 @@ class SpoiledSource:
         self.sample_tokens = source.sample_tokens
         self.dtype = source.dtype
         self.num_indices = source.num_indices
+        self.num_samples = source.num_samples
 
     def read(self, indices: npt.NDArray[np.int64], out: npt.NDArray[np.integer]) -> None:
         """Fill `out` with the tokens at global `indices`."""

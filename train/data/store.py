@@ -244,22 +244,22 @@ class TokenStore:
 
     def check(self) -> list[str]:
         """Return the addresses of shards that are missing or damaged; logs what is wrong."""
-        return list(self.problems())
+        return [self._shards[number].address for number in self.problems()]
 
-    def problems(self) -> dict[str, str]:
-        """Return what is wrong with which shard, by address; each text says what to do.
+    def problems(self, part: slice = slice(None)) -> dict[int, str]:
+        """Return what is wrong with which shard, by number; each text says what to do.
 
-        Sizes, also of the documents; with `verify=digests` also those of local shards. What is
-        downloaded is always compared with its digest.
+        `part`: which shards to look at. Sizes, also of the documents; with `verify=digests` digests
+        of local shards too. What is downloaded is always compared with its digest.
         """
         verifies_digests = self._verify is Verify.DIGESTS
         found = addresses.for_each(
-            lambda shard: _problem(shard, verifies_digests=verifies_digests), self._shards
+            lambda shard: _problem(shard, verifies_digests=verifies_digests), self._shards[part]
         )
-        problems: dict[str, str] = {}
-        for shard, problem in zip(self._shards, found, strict=True):
+        problems: dict[int, str] = {}
+        for number, problem in zip(range(len(self._shards))[part], found, strict=True):
             if problem is not None:
-                problems[shard.address] = f"{problem}; {self._repair}"
+                problems[number] = f"{problem}; {self._repair}"
                 logger.warning("%s", problem)
         self._mapped.verifies_digests = False  # all are known; those with problems were named
         return problems
@@ -340,6 +340,13 @@ def _repair(corpus: Corpus) -> str:
 
 
 def _problem(shard: Shard, *, verifies_digests: bool) -> str | None:
+    try:
+        return _difference(shard, verifies_digests=verifies_digests)
+    except OSError as error:
+        return f"{shard.address} cannot be read ({error.strerror or error})"
+
+
+def _difference(shard: Shard, *, verifies_digests: bool) -> str | None:
     files = [(shard.address, shard.num_bytes)]
     if shard.documents is not None and shard.documents.num_bytes is not None:
         files.append((shard.documents.address, shard.documents.num_bytes))

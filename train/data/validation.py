@@ -17,6 +17,7 @@ import numpy.typing as npt
 from train.data.layout import DocumentLayout
 from train.data.order import SampleOrder
 from train.data.samples import Samples
+from train.data.store import check_vocabulary
 
 _ORDER_SEED = 0
 
@@ -61,6 +62,11 @@ class HeldOut:
         samples.read(self._numbers, rows)
         return rows, samples.layout(self._numbers)
 
+    def check(self, vocab_size: int, name: str) -> None:
+        """Read the samples once. Raises: DataError if a token is none of the vocabulary."""
+        rows, _ = self.read()
+        check_vocabulary(rows, vocab_size, f"the held-out samples of source {name}")
+
     def is_bad(self) -> bool:
         """Return whether a sample touches files that are missing or damaged."""
         return bool(self._samples.bad(self._numbers).any())
@@ -81,6 +87,14 @@ class Validation:
     def has_samples(self) -> bool:
         """Whether anything is held out."""
         return bool(self._sources)
+
+    def check(self, vocab_size: int) -> None:
+        """Read all of it once, so that nothing is found wrong at the end of a run.
+
+        Raises: DataError.
+        """
+        for name, held_out in self._sources.items():
+            held_out.check(vocab_size, name)
 
     def is_due(self, step: int) -> bool:
         """Return whether the state after `step` updates is to be evaluated."""

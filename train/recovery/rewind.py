@@ -20,7 +20,7 @@ from train.checkpoint.tiers import Tiers
 from train.data.stream import Batches
 from train.distributed import World
 from train.engines.base import Engine
-from train.errors import CorruptCheckpointError, JournalError
+from train.errors import CorruptCheckpointError, DataError, JournalError
 from train.events import Events
 from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Incident, Journal, Phase, now_utc, pending
@@ -74,6 +74,7 @@ class Rewinder:
 
     def rewind(self, action: Rewind, present: TrainState) -> tuple[TrainState, Incident]:
         """Go back as `action` says and return the state to go on from, and the journal's entry."""
+        self._data.skipped()  # positions ahead are counted from a ledger that is whole
         target = self._tiers.find(action.target)
         assert target is not None, "a decision names a state of the catalogue"
         if action.skip_amount:
@@ -159,6 +160,7 @@ class Rewinder:
 
     def skip(self, action: Skip, present: TrainState) -> Incident:
         """Skip the next samples from here on."""
+        self._data.skipped()  # positions ahead are counted from a ledger that is whole
         fresh, _ = self._ledger.take(present.cursor, 1)
         start = int(fresh[0])
         stop = self._ledger.advance(start, action.amount)
@@ -173,6 +175,7 @@ class Rewinder:
 
         `end_cursor`: where the run's last step would leave the cursor. Ranges keep their order.
         """
+        self._data.skipped()  # positions ahead are counted from a ledger that is whole
         # Ranges that are skipped further on must not move, so it comes behind them.
         start = max(present.cursor, self._ledger.end)
         records = []
@@ -277,9 +280,19 @@ class Rewinder:
         return tuple(good[-2:])
 
     def _restore(self, extra: dict[str, Any]) -> TrainState:
-        """Take up a checkpoint's extra state. Raises: DataError if the data are others now."""
-        if "last_samples" in extra:
-            self._data.check(extra["last_samples"])
+        """Take up a checkpoint's extra state. A collective.
+
+        Raises: DataError, on all ranks, if the data are others now on one.
+        """
+        problem: str | None = None
+        try:
+            if "last_samples" in extra:
+                self._data.check(extra["last_samples"])
+        except DataError as error:
+            problem = str(error)
+        problems = [found for found in self._world.gather(problem) if found]
+        if problems:
+            raise DataError(problems[0])
         self._ledger.extend((start, stop) for start, stop in extra["ledger"])
         self._events.load_state_dict(extra["callbacks"])
         return TrainState(**extra["train_state"])

@@ -378,8 +378,8 @@ def test_bad_config_has_the_exit_code_that_stops_a_requeue(problems_of: Problems
         (
             ["tokenizer=file", "tokenizer.path=/no/such/tokenizer.json"],
             1,
-            "tokenizer.path=/no/such/tokenizer.json does not exist; give a tokenizer.json, a folder "
-            "with one, or a name on the Hugging Face hub",
+            "tokenizer.path=/no/such/tokenizer.json does not exist; give a tokenizer.json, a "
+            "folder with one, or a name on the Hugging Face hub",
         ),
         (
             ["callbacks.names=[spike_detection,checkpointing]"],

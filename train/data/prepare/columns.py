@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import Any, BinaryIO
 
-from train.data.prepare.inputs import open_binary
+from train.data.prepare.inputs import open_binary, unreadable
 from train.data.prepare.readers import (
-    BadRecord,
     Piece,
     Position,
     Records,
     cut_pieces,
+    cut_short,
+    decode,
     no_text,
     too_long,
 )
@@ -33,7 +34,7 @@ def read_rows(
 ) -> Records:
     """Yield the documents of a file, or of the share `[start, stop)` of its bytes.
 
-    Raises: DataError if pyarrow is missing, or the file has no such column of text.
+    Raises: DataError if pyarrow is missing, or the file is damaged or has no such column of text.
     """
     pyarrow = _pyarrow(source)
     with closing(open_binary(source.address)) as stream:
@@ -42,9 +43,9 @@ def read_rows(
                 _columns(pyarrow, stream, source, recipe, start, stop), recipe, position
             )
         except (pyarrow.ArrowException, OSError) as error:
-            reason = f"cannot be unpacked any further ({str(error).splitlines()[0]})"
-            advice = "get the file once more or take it out of data.paths"
-            yield BadRecord(position.lines + 1, reason, advice)
+            if isinstance(error, OSError) and error.errno is not None:
+                raise unreadable(source.address, error) from error
+            raise cut_short(source, error) from error
 
 
 def _pyarrow(source: SourceFile) -> Any:
@@ -66,16 +67,20 @@ def _documents(
     for values, num_bytes in columns:
         for text in values:
             position.lines += 1
+            has_replaced = False
+            if isinstance(text, bytes):
+                text, has_replaced = decode(text)
             if text is None:
                 yield no_text(position.lines, recipe)
             elif (
                 len(text) <= recipe.piece_characters and len(text) * 4 <= recipe.max_document_bytes
             ):
-                yield Piece(position.lines, text, True)
+                yield Piece(position.lines, text, True, has_replaced)
             elif len(text.encode(errors="replace")) > recipe.max_document_bytes:
                 yield too_long(position.lines, recipe)
             else:
-                yield from cut_pieces(text, position.lines, recipe.piece_characters)
+                size = recipe.piece_characters
+                yield from cut_pieces(text, position.lines, size, has_replaced=has_replaced)
         position.num_bytes += num_bytes
 
 
@@ -94,7 +99,7 @@ def _columns(
         batches = map(reader.get_batch, numbers) if numbers is not None else iter(reader)
         for batch in batches:
             now = stream.tell()
-            yield _values(batch.column(recipe.text_key)), max(0, now - before)
+            yield _values(pyarrow, batch.column(recipe.text_key)), max(0, now - before)
             before = now
         return
     parquet = pyarrow.parquet.ParquetFile(stream)
@@ -105,7 +110,7 @@ def _columns(
         _BATCH_ROWS, row_groups=groups, columns=[recipe.text_key], use_threads=False
     )
     for batch in batches if groups else ():
-        values = _values(batch.column(0))
+        values = _values(pyarrow, batch.column(0))
         yield values, source.num_bytes * len(values) // num_rows
 
 
@@ -139,6 +144,12 @@ def _check_column(pyarrow: Any, schema: Any, source: SourceFile, recipe: Recipe)
         )
 
 
-def _values(column: Any) -> list[Any]:
-    values: list[Any] = column.to_pylist()
+def _values(pyarrow: Any, column: Any) -> list[Any]:
+    """Return the values of a column of text; in bytes, if one of them is not UTF-8."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        values = column.cast(pyarrow.large_binary()).to_pylist()
     return values

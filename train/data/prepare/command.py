@@ -11,26 +11,42 @@ import json
 import logging
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from train.data.prepare.finish import BAD_RECORDS_FILE
 from train.data.prepare.job import open_work, run_job
+from train.data.prepare.notes import notes
 from train.data.prepare.progress import Bar, Lines, Listener
 from train.data.prepare.recipe import MAX_DOCUMENT_BYTES, SHARD_TOKENS, Recipe, check_recipe
 from train.data.prepare.sources import list_sources
 from train.data.prepare.tokenizer import TOKENIZER_FILE, TokenizerChoice
-from train.data.prepare.verify import verify_folder
+from train.data.prepare.verify import stray_files, verify_folder
 from train.data.prepare.work_folder import Job
 from train.data.prepare.workers import WORKER_OPTION, serve
 from train.errors import DataError, TrimtabError
 
 _MAX_SHOWN_BAD_RECORDS = 3
 _INTERRUPTED = 130
+_TERMINATED = 143
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came."""
+
+
+class _Warnings(logging.Handler):
+    """Writes to the stderr of the moment, which is not that of the start while a bar is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        sys.stderr.write(f"{record.levelname}: {record.getMessage()}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,20 +56,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder, max_bad_records = Path(given[1]), int(given[2])
         serve(lambda advance: open_work(folder, max_bad_records, advance), sys.stdin, sys.stdout)
         return 0
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(handlers=[_Warnings()])
     try:
-        options = _parser().parse_args(given)
-        if options.verify is not None:
-            _verify(options)
-        else:
-            _prepare(options)
+        with _hearing_sigterm():
+            options = _parser().parse_args(given)
+            if options.verify is not None:
+                _verify(options)
+            else:
+                _prepare(options)
     except TrimtabError as error:
         sys.stderr.write(f"trimtab: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write("trimtab: interrupted; the same command goes on from here\n")
         return _INTERRUPTED
+    except _TerminatedError:
+        sys.stderr.write("trimtab: stopped by SIGTERM; the same command goes on from here\n")
+        return _TERMINATED
     return 0
+
+
+@contextmanager
+def _hearing_sigterm() -> Iterator[None]:
+    """Have SIGTERM, with which schedulers stop a job, end it like Ctrl-C does."""
+
+    def stop(_number: int, _frame: FrameType | None) -> NoReturn:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,13 +118,17 @@ def _parser() -> argparse.ArgumentParser:
 def _verify(options: argparse.Namespace) -> None:
     if options.sources or options.output:
         raise DataError("--verify takes a prepared folder alone; leave SOURCES and --output out")
-    problems = verify_folder(Path(options.verify).expanduser())
+    folder = Path(options.verify).expanduser()
+    problems = verify_folder(folder)
     if problems:
         listed = "\n".join(f"  - {problem}" for problem in problems)
         raise DataError(
             f"{options.verify} is damaged; prepare it again with --overwrite:\n{listed}"
         )
     sys.stdout.write(f"{options.verify} is whole: all sizes, digests and documents fit\n")
+    strays = stray_files(folder)
+    if strays:
+        sys.stdout.write(f"no part of it: {', '.join(strays)}\n")
 
 
 def _prepare(options: argparse.Namespace) -> None:
@@ -129,7 +167,7 @@ def _job(options: argparse.Namespace) -> Job:
     folder = Path(options.output).expanduser()
     return Job(
         folder=folder,
-        sources=list_sources(options.sources, but=os.path.normpath(folder)),
+        sources=list_sources(options.sources, but=os.path.normpath(folder), option="SOURCES"),
         recipe=recipe,
         tokenizer=tokenizer,
         num_processes=options.processes,
@@ -166,6 +204,7 @@ def summary(job: Job, manifest: dict[str, Any], seconds: float) -> str:
     )
     if counts["bad_records"]:
         lines += _bad_records(job.folder, counts["bad_records"])
+    lines += [f"  {'note':<12}{note}" for note in notes(manifest)]
     overrides = [f"data.paths=[{job.folder}]", "tokenizer=bytes"]
     if tokenizer["kind"] != "bytes":
         path = f"tokenizer.path={job.folder / TOKENIZER_FILE}"

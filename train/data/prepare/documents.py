@@ -54,6 +54,7 @@ class DocumentSink:
         self.num_read = 0
         self.num_empty = 0
         self.num_characters = 0
+        self.num_not_utf8 = 0
 
     @property
     def is_full(self) -> bool:
@@ -66,9 +67,13 @@ class DocumentSink:
 
     def add(self, file: int, piece: Piece) -> None:
         """Take a document, or the next piece of one."""
-        text, data = self._clean(piece.text)
+        text, data, has_surrogates = self._clean(piece.text)
+        has_replaced = piece.has_replaced or has_surrogates
         if not piece.is_last or self._long.is_open:
             self._add_piece(file, piece, text, data)
+            self._long.has_replaced |= has_replaced
+            if piece.is_last:
+                self._end_long(file, piece.line)
         elif text:
             self._texts.append(text)
             self._data.append(data)
@@ -76,6 +81,7 @@ class DocumentSink:
             self._batched_characters += len(text)
             self.num_characters += len(text)
             self.num_read += 1
+            self.num_not_utf8 += has_replaced
         else:
             self.num_empty += 1
 
@@ -90,15 +96,16 @@ class DocumentSink:
         """Forget the pieces of a document whose end cannot be read."""
         self._long.drop()
 
-    def _clean(self, text: str) -> tuple[str, bytes]:
+    def _clean(self, text: str) -> tuple[str, bytes, bool]:
+        """Return the normal form, the same in UTF-8, and whether it had to be changed for that."""
         if self._normalise != "none":
             form = cast(Literal["NFC", "NFKC"], self._normalise.upper())
             text = unicodedata.normalize(form, text)
         try:
-            return text, text.encode()
+            return text, text.encode(), False
         except UnicodeEncodeError:  # crawls hold lone surrogates, which no encoder takes
             data = text.encode(errors="replace")
-            return data.decode(), data
+            return data.decode(), data, True
 
     def _write_batch(self) -> None:
         if not self._texts:
@@ -134,14 +141,17 @@ class DocumentSink:
             tokens = tokens[:-1]
         self._long.add(tokens.tobytes(), data, len(text))
         self._note(int(piece.is_last), len(tokens), len(data))
-        if piece.is_last:
-            self.num_read += 1
-            self.num_characters += self._long.num_characters
-            digest = self._long.finish()
-            writer = self._writers[int(self._is_held_out(digest)[0])]
-            document = np.array([[0], [file], [piece.line]], dtype=np.int64)
-            writer.add_spilled(self._long.path, tokens.itemsize, document, digest)
-            self._long.drop()
+
+    def _end_long(self, file: int, line: int) -> None:
+        self.num_read += 1
+        self.num_characters += self._long.num_characters
+        self.num_not_utf8 += self._long.has_replaced
+        digest = self._long.finish()
+        writer = self._writers[int(self._is_held_out(digest)[0])]
+        document = np.array([[0], [file], [line]], dtype=np.int64)
+        item_bytes = np.dtype(self._encoder.dtype).itemsize
+        writer.add_spilled(self._long.path, item_bytes, document, digest)
+        self._long.drop()
 
     def _note(self, documents: int, tokens: int, text_bytes: int) -> None:
         unsaid = self._unsaid
@@ -161,6 +171,7 @@ class _LongDocument:
         self._file: BinaryIO | None = None
         self._hash = blake2b(digest_size=HASH_BYTES)
         self.num_characters = 0
+        self.has_replaced = False
 
     @property
     def is_open(self) -> bool:
@@ -173,6 +184,7 @@ class _LongDocument:
             self._file = self.path.open("wb")
             self._hash = blake2b(digest_size=HASH_BYTES)
             self.num_characters = 0
+            self.has_replaced = False
         self.num_characters += num_characters
         self._file.write(tokens)
         self._hash.update(data)

@@ -30,7 +30,7 @@ from train.data.prepare.shards import (
     write_kept,
 )
 from train.data.prepare.sources import SourceFile
-from train.data.prepare.task import MAX_LISTED_BAD_RECORDS, TaskResult
+from train.data.prepare.task import COUNTS, MAX_LISTED_BAD_RECORDS, ListedBadRecord, TaskResult
 from train.data.prepare.tokenizer import TOKENIZER_FILE, TextEncoder, describe
 from train.durable import fsync_folder, write_atomically, write_json
 from train.errors import DataError
@@ -39,6 +39,11 @@ FORMAT = "trimtab-corpus"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 BAD_RECORDS_FILE = "bad_records.jsonl"
+_MAX_NAMED_BAD_RECORDS = 3
+
+
+class EmptyCorpusError(DataError):
+    """There would be nothing to train on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +59,7 @@ class Finish:
     settings: dict[str, Any]
 
     def run(self, results: Sequence[TaskResult]) -> dict[str, Any]:
-        """Write the corpus and return its manifest. Raises: DataError if it would be empty."""
+        """Write the corpus and return its manifest. Raises: EmptyCorpusError if it would be empty."""
         for leftover in self.folder.glob("*.tmp"):  # of a pass that was cut short
             leftover.unlink()
         lines_before = self._lines_before(results)
@@ -72,15 +77,11 @@ class Finish:
                 dropped = find_duplicates([hashes_file(self.work, s.name) for s, _ in shards])
             num_duplicates += sum(int(mask.sum()) for mask in dropped.values())
             splits[split] = self._publish(split, shards, dropped)
-        self._check_text(splits["train"]["num_tokens"], splits["validation"]["num_tokens"])
-        counts = {
-            "documents_read": sum(result.documents_read for result in results),
-            "duplicates": num_duplicates,
-            "empty": sum(result.empty for result in results),
-            "bad_records": sum(result.bad_records for result in results),
-            "characters": sum(result.characters for result in results),
-        }
-        self._write_bad_records(results, lines_before)
+        counts = {name: sum(getattr(result, name) for result in results) for name in COUNTS}
+        counts["duplicates"] = num_duplicates
+        listed = self._listed(results, lines_before)
+        self._check_text(splits, counts["bad_records"], listed)
+        self._write_bad_records(listed)
         if self.encoder.kind != "bytes":
             tokenizer = (self.work / TOKENIZER_FILE).read_text(encoding="utf-8")
             write_atomically(self.folder / TOKENIZER_FILE, tokenizer)
@@ -151,47 +152,70 @@ class Finish:
             "documents_sha256": documents_sha256,
         }
 
-    def _check_text(self, num_train: int, num_validation: int) -> None:
+    def _check_text(
+        self, splits: dict[str, Any], num_bad: int, listed: Sequence[ListedBadRecord]
+    ) -> None:
+        num_train, num_validation = (splits[split]["num_tokens"] for split in SPLITS)
         if num_train + num_validation < 2:
-            raise DataError(
-                f"the corpus is empty: {len(self.sources)} files hold no text; point data.paths "
-                "to some"
+            empty = f"the corpus is empty: {len(self.sources)} files hold no text; "
+            if not listed:
+                raise EmptyCorpusError(empty + "point data.paths to some")
+            named = "; ".join(
+                self.sources[bad.file].address
+                + (f": line {bad.line} " if bad.line else " ")
+                + bad.reason
+                for bad in listed[:_MAX_NAMED_BAD_RECORDS]
+            )
+            raise EmptyCorpusError(
+                f"{empty}{num_bad:,} records could not be read, the first: {named}; "
+                f"{listed[0].advice}"
             )
         if num_train == 0:
-            raise DataError(
+            raise EmptyCorpusError(
                 f"all {num_validation:,} tokens of the corpus fell into its validation split; "
                 "lower data.validation_share (`trimtab prepare --validation-share`) or give more "
                 "text"
             )
 
-    def _write_bad_records(self, results: Sequence[TaskResult], lines_before: list[int]) -> None:
-        """List the first bad records, one JSON object a line."""
+    def _listed(
+        self, results: Sequence[TaskResult], lines_before: list[int]
+    ) -> list[ListedBadRecord]:
+        """Return the first bad records, with their lines in the whole file."""
         listed = [
-            {
-                "file": self.sources[bad.file].address,
-                "line": bad.line + (before if bad.line else 0),
-                "reason": bad.reason,
-            }
+            bad._replace(line=bad.line + (before if bad.line else 0))
             for result, before in zip(results, lines_before, strict=True)
             for bad in result.listed
         ]
-        if listed:
-            text = "".join(json.dumps(bad) + "\n" for bad in listed[:MAX_LISTED_BAD_RECORDS])
+        return listed[:MAX_LISTED_BAD_RECORDS]
+
+    def _write_bad_records(self, listed: Sequence[ListedBadRecord]) -> None:
+        """List the first bad records, one JSON object a line."""
+        lines = [
+            {"file": self.sources[bad.file].address, "line": bad.line, "reason": bad.reason}
+            for bad in listed
+        ]
+        if lines:
+            text = "".join(json.dumps(line) + "\n" for line in lines)
             write_atomically(self.folder / BAD_RECORDS_FILE, text)
 
     def _manifest(self, splits: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
-        digests = [[shard["sha256"] for shard in splits[split]["shards"]] for split in SPLITS]
-        identity = [self.settings, self.encoder.fingerprint, digests]
-        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return {
             "format": FORMAT,
             "version": FORMAT_VERSION,
-            "digest": digest,
+            "digest": digest_of(self.settings, self.encoder.fingerprint, splits),
             "dtype": self.encoder.dtype,
             "vocab_size": self.encoder.vocab_size,
             "tokenizer": describe(self.encoder),
             "splits": splits,
             "files": [source.address for source in self.sources],
+            "files_num_bytes": [source.num_bytes for source in self.sources],
             "counts": counts,
             "settings": self.settings,
         }
+
+
+def digest_of(settings: dict[str, Any], fingerprint: str, splits: dict[str, Any]) -> str:
+    """Return the identity of a corpus's tokens: what determined them, and their own digests."""
+    digests = [[shard["sha256"] for shard in splits[split]["shards"]] for split in SPLITS]
+    identity = json.dumps([settings, fingerprint, digests], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()

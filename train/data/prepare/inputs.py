@@ -59,7 +59,8 @@ def unreadable(address: str, error: BaseException) -> DataError:
     """Return the error for a file that cannot be read."""
     reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return DataError(
-        f"{address} cannot be read ({reason}); fix its permissions or take it out of data.paths"
+        f"{address} cannot be read ({reason}); fix its permissions or take it out of the sources "
+        "(data.paths)"
     )
 
 

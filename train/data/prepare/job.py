@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from train.data.prepare.documents import Advance
-from train.data.prepare.finish import Finish
+from train.data.prepare.finish import EmptyCorpusError, Finish
 from train.data.prepare.inputs import is_remote, open_binary
 from train.data.prepare.plan import Task
 from train.data.prepare.progress import Listener
 from train.data.prepare.recipe import Recipe, check_recipe
-from train.data.prepare.sources import SourceFile, changed_sources
+from train.data.prepare.sources import PLAN_FILE, SourceFile, changed_sources
 from train.data.prepare.task import TaskResult, TaskRunner, TooManyBadRecordsError, task_name
 from train.data.prepare.tokenizer import (
     TOKENIZER_FILE,
@@ -31,9 +31,9 @@ from train.data.prepare.tokenizer import (
 )
 from train.data.prepare.training_text import training_texts
 from train.data.prepare.work_folder import (
-    PLAN_FILE,
     Job,
     OutputError,
+    clear,
     finished,
     locked,
     read_json,
@@ -83,7 +83,7 @@ def _run_locked(job: Job, settings: dict[str, Any], listener: Listener) -> dict[
             "--overwrite to start over"
         )
     results = [_result(job.work, number) for number in range(len(tasks))]
-    manifest = Finish(
+    finish = Finish(
         folder=job.folder,
         work=job.work,
         sources=job.sources,
@@ -91,7 +91,12 @@ def _run_locked(job: Job, settings: dict[str, Any], listener: Listener) -> dict[
         recipe=job.recipe,
         encoder=encoder,
         settings=settings,
-    ).run(results)
+    )
+    try:
+        manifest = finish.run(results)
+    except EmptyCorpusError:
+        clear(job)  # no other settings could make use of it
+        raise
     shutil.rmtree(job.work, ignore_errors=True)
     return manifest
 

@@ -1,21 +1,25 @@
 """The documents of one file, or of a part of it, in pieces that fit in memory.
 
 Owns lines, JSON, packings and text. A record that cannot be read is handed on as such: whoever
-called decides how many are too many. Refuses to hold more than a piece of a text file, or more than
-`max_document_bytes` of a record.
+called decides how many are too many. Refuses a file that ends too early, since nobody knows how
+much of it is lost, and to hold more than a piece of a text file, or `max_document_bytes` of a
+record.
 """
 
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import json
 import lzma
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from train.data.prepare.inputs import open_binary, unreadable
@@ -28,14 +32,38 @@ _SKIP_BYTES = 2**20
 _ZSTD_READ_BYTES = 2**13
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _MAX_CUT_TRIALS = 64
+# Enough to see the first record of a JSON text.
+_JSON_HEAD_CHARACTERS = 2**16
+_MAX_NAMED_FIELDS = 5
+
+
+class _Replacements:
+    """Does what `errors="replace"` does, and counts: how the library does it leaves no trace."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeDecodeError), "it is registered for decoding alone"
+        self.count += 1
+        return "\N{REPLACEMENT CHARACTER}", error.end
+
+
+_REPLACEMENTS = _Replacements()
+_COUNTED_REPLACE = "trimtab.counted_replace"
+codecs.register_error(_COUNTED_REPLACE, _REPLACEMENTS)
 
 
 class Piece(NamedTuple):
-    """A document, or a piece of a long one. `line`: from 1; 0 if the file is one document."""
+    """A document, or a piece of a long one. `line`: from 1; 0 if the file is one document.
+
+    `has_replaced`: what was not UTF-8 became U+FFFD.
+    """
 
     line: int
     text: str
     is_last: bool
+    has_replaced: bool = False
 
 
 class BadRecord(NamedTuple):
@@ -62,7 +90,8 @@ def read_records(
 ) -> Records:
     """Yield the documents that begin in bytes `[start, stop)` of a file; -1: up to its end.
 
-    Lines count from the start of the range. Raises: DataError if the file cannot be opened.
+    Lines count from the start of the range. Raises: DataError if the file cannot be opened, or ends
+    too early.
     """
     if source.format in (Format.PARQUET, Format.ARROW):
         from train.data.prepare.columns import read_rows
@@ -80,22 +109,29 @@ def read_records(
         except (EOFError, zlib.error, lzma.LZMAError, OSError, _zstd_error(source)) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise unreadable(source.address, error) from error
-            yield BadRecord(
-                position.lines + 1 if source.format is Format.JSONL else 0,
-                f"cannot be unpacked any further ({error})",
-                "get the file once more or take it out of data.paths",
-            )
+            raise cut_short(source, error) from error
 
 
-def cut_pieces(text: str, line: int, piece_characters: int) -> Iterator[Piece]:
+def cut_short(source: SourceFile, error: BaseException) -> DataError:
+    """Return the error for a file that cannot be unpacked to its end."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(
+        f"{source.address} cannot be unpacked ({reason}): it is damaged or cut short; get it once "
+        "more, or take it out of the sources (data.paths)"
+    )
+
+
+def cut_pieces(
+    text: str, line: int, piece_characters: int, *, has_replaced: bool = False
+) -> Iterator[Piece]:
     """Yield a document as pieces of at most `piece_characters`."""
     begin = 0
     while len(text) - begin > piece_characters:
         piece = text[begin : begin + piece_characters]
         place = cut_place(piece)
-        yield Piece(line, piece[:place], False)
+        yield Piece(line, piece[:place], False, has_replaced)
         begin += place
-    yield Piece(line, text[begin:], True)
+    yield Piece(line, text[begin:], True, has_replaced)
 
 
 def cut_place(text: str) -> int:
@@ -226,8 +262,9 @@ def _json_documents(lines: Iterator[tuple[int, bytes | None]], recipe: Recipe) -
             continue
         if line.isspace():
             continue
+        content, has_replaced = decode(line)
         try:
-            record = json.loads(line.decode(errors="replace"))
+            record = json.loads(content)
         except (ValueError, RecursionError) as error:
             reason = error.msg if isinstance(error, json.JSONDecodeError) else error
             advice = "each line of a .jsonl file is one JSON object"
@@ -235,11 +272,29 @@ def _json_documents(lines: Iterator[tuple[int, bytes | None]], recipe: Recipe) -
             continue
         text = record.get(key) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            yield no_text(number, recipe)
-        elif len(text) <= recipe.piece_characters:
-            yield Piece(number, text, True)
+            yield no_text(number, recipe, record if isinstance(record, dict) else ())
+            continue
+        # It may have been in another field.
+        has_replaced = has_replaced and "\N{REPLACEMENT CHARACTER}" in text
+        if len(text) <= recipe.piece_characters:
+            yield Piece(number, text, True, has_replaced)
         else:
-            yield from cut_pieces(text, number, recipe.piece_characters)
+            yield from cut_pieces(text, number, recipe.piece_characters, has_replaced=has_replaced)
+
+
+def decode(data: bytes) -> tuple[str, bool]:
+    """Return UTF-8 as text, and whether some of it was none and is replaced."""
+    try:
+        return data.decode(), False
+    except UnicodeDecodeError:
+        return data.decode(errors="replace"), True
+
+
+def has_records(text: str, recipe: Recipe) -> bool:
+    """Return whether a JSON text looks as if its documents lay in a field of its objects."""
+    head = text[:_JSON_HEAD_CHARACTERS].lstrip()
+    field = re.escape(json.dumps(recipe.text_key))
+    return head.startswith(("[", "{")) and re.search(rf"{field}\s*:", head) is not None
 
 
 def too_long(line: int, recipe: Recipe) -> BadRecord:
@@ -248,9 +303,12 @@ def too_long(line: int, recipe: Recipe) -> BadRecord:
     return BadRecord(line, reason, "raise --max-document-bytes of `trimtab prepare`, or cut it")
 
 
-def no_text(line: int, recipe: Recipe) -> BadRecord:
-    """Return the bad record of a line or row without text."""
+def no_text(line: int, recipe: Recipe, fields: Iterable[str] = ()) -> BadRecord:
+    """Return the bad record of a line or row without text; `fields` are those that it has."""
     reason = f"has no text under {recipe.text_key!r}"
+    named = ", ".join(f"{field:.40}" for field in islice(fields, _MAX_NAMED_FIELDS))
+    if named:
+        reason += f", but has {named}"
     advice = "set data.text_key (`trimtab prepare --text-key`) to the field that holds it"
     return BadRecord(line, reason, advice)
 
@@ -258,8 +316,9 @@ def no_text(line: int, recipe: Recipe) -> BadRecord:
 def _text_pieces(stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Position) -> Records:
     """Yield one document: a whole file, in pieces."""
     most = recipe.piece_characters
-    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="replace") as text:
+    with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=_COUNTED_REPLACE) as text:
         ready = ""
+        before = _REPLACEMENTS.count
         is_end = False
         while not is_end:
             wanted = most + 1 - len(ready)
@@ -273,6 +332,6 @@ def _text_pieces(stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Posi
             ready += more
             if not is_end:
                 place = cut_place(ready[:most])
-                yield Piece(0, ready[:place], False)
+                yield Piece(0, ready[:place], False, _REPLACEMENTS.count > before)
                 ready = ready[place:]
-        yield Piece(0, ready, True)
+        yield Piece(0, ready, True, _REPLACEMENTS.count > before)

@@ -6,8 +6,8 @@ what is not text rather than train on it. Called by preparation.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 import sysconfig
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from train.data.prepare.inputs import (
     expand,
     find_file,
     is_folder,
-    open_binary,
+    is_remote,
     walk,
 )
+from train.data.prepare.saved_datasets import dataset_files, splits_of
 from train.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,10 @@ _COLUMN_SUFFIXES = {".parquet": Format.PARQUET, ".arrow": Format.ARROW}
 _PACKINGS = {".gz": "gz", ".zst": "zst", ".bz2": "bz2", ".xz": "xz"}
 _ARCHIVES = frozenset({".zip", ".tar", ".tgz", ".7z", ".rar"})
 _PASSED_BY = frozenset({"__pycache__"})
+# What tells a prepared corpus, or one that is half done, from text.
+WORK_FOLDER = ".work"
+PLAN_FILE = "plan.json"
+DOCUMENTS_SUFFIX = ".documents.npy"
 _NOT_LIBRARY = frozenset(
     {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 )
@@ -69,6 +74,11 @@ class SourceFile:
         """Return the file as a plan keeps it."""
         return [self.address, self.num_bytes, self.stamp, str(self.format), self.packing]
 
+    @property
+    def is_json_text(self) -> bool:
+        """Whether it is one JSON text, which is read as one document."""
+        return self.format is Format.TEXT and _suffix(_unpacked(self.address)[0]) == ".json"
+
     @classmethod
     def of_json(cls, values: Sequence[Any]) -> SourceFile:
         """Return what `as_json` was asked of."""
@@ -82,11 +92,13 @@ class SourceFile:
         )
 
 
-def list_sources(paths: Sequence[str], *, but: str | None = None) -> list[SourceFile]:
+def list_sources(
+    paths: Sequence[str], *, but: str | None = None, option: str = "data.paths"
+) -> list[SourceFile]:
     """Return the files of a corpus, sorted by address; no paths mean the standard library.
 
-    `but`: a folder that is passed by, since the corpus is written there. Raises: DataError if there
-    are none, or one is nothing to read.
+    `but`: a folder that is passed by, since the corpus is written there. `option`: what the paths
+    were given as. Raises: DataError if there are none, or one is nothing to read.
     """
     if not paths:
         return standard_library()
@@ -101,13 +113,21 @@ def list_sources(paths: Sequence[str], *, but: str | None = None) -> list[Source
             else:
                 missing.append(address)
     if missing:
-        raise DataError(f"data.paths: {', '.join(missing[:5])} cannot be found; check the globs")
+        raise DataError(f"{option}: {', '.join(missing[:5])} cannot be found; check the globs")
     archives = [address for address in sorted(found) if _suffix(address) in _ARCHIVES]
     if archives:
-        raise DataError(f"data.paths: {', '.join(archives[:5])} is an archive; unpack it to files")
+        raise DataError(f"{option}: {', '.join(archives[:5])} is an archive; unpack it to files")
     if not found:
+        inside = [
+            address for pattern in paths for address in expand(pattern) if _is_in(address, but)
+        ]
+        if inside:
+            raise DataError(
+                f"{option}: {', '.join(inside[:5])} lies in --output={but}, where nothing is read; "
+                "give another --output"
+            )
         raise DataError(
-            f"data.paths={list(paths)} holds no text files; text is expected in "
+            f"{option}={list(paths)} holds no text files; text is expected in "
             f"{', '.join(sorted(_TEXT_SUFFIXES | _COLUMN_SUFFIXES.keys()))}, packed with "
             f"{', '.join(_PACKINGS)} or not, or name the files themselves"
         )
@@ -135,57 +155,80 @@ def changed_sources(sources: Iterable[SourceFile]) -> list[str]:
     ]
 
 
-def _of_folder(folder: str, but: str | None) -> dict[str, Found]:
+def _of_folder(root: str, but: str | None) -> dict[str, Found]:
     found: dict[str, Found] = {}
     num_left_out = 0
-    passed_by = [but] if but is not None else []
-    for inner, files in walk(folder, _PASSED_BY):
-        if any(inner == other or inner.startswith(f"{other}/") for other in passed_by):
+    passed_by: list[str] = []
+    splits: list[str] = []
+    datasets: set[str] = set()
+    for folder, files in walk(root, _PASSED_BY):
+        if _is_in(folder, but) or any(_is_below(folder, other) for other in passed_by):
             continue
-        passed_by += _other_splits(inner, files)
-        wanted, is_dataset = _wanted(files)
-        num_left_out += 0 if is_dataset else len(files) - len(wanted)
+        corpus = _corpus_of(folder, files)
+        if corpus is not None:
+            _pass_by(corpus, root, files)
+            passed_by.append(corpus)
+            continue
+        taken, left_out = splits_of(folder, files)
+        splits += taken
+        passed_by += left_out
+        wanted = dataset_files(folder, files)
+        if wanted is not None:
+            datasets.add(folder)
+        else:
+            wanted = [file for file in files if _is_text(file)]
+            num_left_out += len(files) - len(wanted)
         found |= {file.address: file for file in wanted}
+    missing = [folder for folder in splits if folder not in datasets]
+    if missing:
+        raise DataError(
+            f"{', '.join(missing[:3])} is missing or no whole dataset, though dataset_dict.json "
+            "beside it names it; copy or download the dataset once more"
+        )
     if num_left_out:
-        logger.warning("%s: %d files without a text suffix left out", folder, num_left_out)
+        logger.warning("%s: %d files without a text suffix left out", root, num_left_out)
     return found
 
 
-def _other_splits(folder: str, files: Sequence[Found]) -> list[str]:
-    """Return the folders of a saved `DatasetDict` that are not its training split, if it has one.
+def _is_in(address: str, folder: str | None) -> bool:
+    """Return whether a local address is `folder` or lies in it, however the two are written."""
+    if folder is None or is_remote(address):
+        return False
+    return _is_below(os.path.abspath(address), os.path.abspath(folder))  # noqa: PTH100 - no links
 
-    Raises: DataError if the list of its splits cannot be read.
-    """
-    if not any(file.address == f"{folder}/dataset_dict.json" for file in files):
-        return []
-    address = f"{folder}/dataset_dict.json"
-    with open_binary(address) as stream:
-        try:
-            splits = [str(split) for split in json.loads(stream.read())["splits"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{address} names no splits ({error}); give the folders of the splits themselves"
-            ) from error
-    others = [split for split in splits if split != "train"] if "train" in splits else []
-    if others:
-        logger.warning(
-            "%s: its split train is taken, %s left out; name their folders to have them",
-            folder,
-            ", ".join(others),
+
+def _is_below(address: str, folder: str) -> bool:
+    return address == folder or address.startswith(f"{folder}/")
+
+
+def _corpus_of(folder: str, files: Sequence[Found]) -> str | None:
+    """Return the corpus that a folder holds, whole or not, or is the work folder of."""
+    parent, _, name = folder.rpartition("/")
+    if any(file.address.endswith(DOCUMENTS_SUFFIX) for file in files):
+        return folder
+    is_work = name == WORK_FOLDER and any(f.address == f"{folder}/{PLAN_FILE}" for f in files)
+    return parent if is_work else None
+
+
+def _pass_by(corpus: str, root: str, files: Sequence[Found]) -> None:
+    """Say that a corpus among the text is not read. Raises: DataError if it is what was named."""
+    if corpus != root.rstrip("/"):
+        logger.warning("%s: %s is a prepared corpus, and passed by", root, corpus)
+        return
+    if any(file.address == f"{corpus}/manifest.json" for file in files):
+        raise DataError(
+            f"{corpus} is a prepared corpus and no text; if a run is to read it, its manifest.json "
+            f"is damaged: see `trimtab prepare --verify {corpus}`"
         )
-    return [f"{folder}/{split}" for split in others]
+    raise DataError(
+        f"{corpus} is a corpus that was not prepared to the end; run its `trimtab prepare` again, "
+        "which goes on where it was"
+    )
 
 
-def _wanted(files: Sequence[Found]) -> tuple[list[Found], bool]:
-    """Return what of one folder is text, and whether the folder is a saved `datasets` dataset."""
-    names = {file.address.rpartition("/")[2] for file in files}
-    is_dataset = {"dataset_info.json", "state.json"} <= names or "dataset_dict.json" in names
-    if is_dataset:
-        arrows = [file for file in files if _suffix(file.address) == ".arrow"]
-        # cache-*.arrow are what `datasets` made on the way.
-        return [a for a in arrows if not a.address.rpartition("/")[2].startswith("cache-")], True
-    known = _TEXT_SUFFIXES | _COLUMN_SUFFIXES.keys()
-    return [file for file in files if _suffix(_unpacked(file.address)[0]) in known], False
+def _is_text(file: Found) -> bool:
+    suffix = _suffix(_unpacked(file.address)[0])
+    return suffix in _TEXT_SUFFIXES or suffix in _COLUMN_SUFFIXES
 
 
 def _source(file: Found) -> SourceFile:

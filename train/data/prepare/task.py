@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from train.data.prepare.documents import Advance, DocumentSink
 from train.data.prepare.plan import Task
-from train.data.prepare.readers import BadRecord, Position, read_records
+from train.data.prepare.readers import BadRecord, Position, has_records, read_records
 from train.data.prepare.recipe import Recipe
 from train.data.prepare.shards import SPLITS, SplitWriter, TaskShard
 from train.data.prepare.sources import SourceFile
@@ -22,6 +22,8 @@ from train.data.prepare.tokenizer import TextEncoder
 from train.durable import write_json
 
 MAX_LISTED_BAD_RECORDS = 100
+# Of a task's result, what the corpus has the sum of.
+COUNTS = ("documents_read", "empty", "bad_records", "characters", "not_utf8", "json_as_text")
 
 
 class ListedBadRecord(NamedTuple):
@@ -35,20 +37,25 @@ class ListedBadRecord(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class TaskResult:
-    """What a finished task leaves on record. `num_lines`: that its range of a file has."""
+    """What a finished task leaves on record. `num_lines`: that its range of a file has.
+
+    `not_utf8`: documents with characters that were replaced. `json_as_text`: files of one JSON text
+    whose objects have the field that holds text.
+    """
 
     documents_read: int = 0
     empty: int = 0
     bad_records: int = 0
     characters: int = 0
+    not_utf8: int = 0
+    json_as_text: int = 0
     num_lines: int = 0
     listed: list[ListedBadRecord] = field(default_factory=list)
     shards: list[TaskShard] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """Return the record."""
-        names = ("documents_read", "empty", "bad_records", "characters", "num_lines")
-        record: dict[str, Any] = {name: getattr(self, name) for name in names}
+        record: dict[str, Any] = {name: getattr(self, name) for name in (*COUNTS, "num_lines")}
         record["listed"] = [list(bad) for bad in self.listed]
         record["shards"] = [shard.as_json() for shard in self.shards]
         return record
@@ -111,6 +118,7 @@ class TaskRunner:
             result.documents_read = documents.num_read
             result.characters = documents.num_characters
             result.empty = documents.num_empty
+            result.not_utf8 = documents.num_not_utf8
         finally:
             documents.drop_open()
             for writer in writers:
@@ -123,6 +131,7 @@ class TaskRunner:
     ) -> None:
         source, position = self._sources[file], Position()
         before = 0
+        is_json_begin = source.is_json_text
         records = read_records(source, self._recipe, position, task.start, task.stop)
         for record in records:
             if isinstance(record, BadRecord):
@@ -133,6 +142,9 @@ class TaskRunner:
                 if result.bad_records > self._max_bad_records:
                     raise TooManyBadRecordsError(result, number)
                 continue
+            if is_json_begin:
+                is_json_begin = False
+                result.json_as_text += has_records(record.text, self._recipe)
             documents.add(file, record)
             if documents.is_full:
                 self._advance(documents.flush(position.num_bytes - before))

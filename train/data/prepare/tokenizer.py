@@ -1,6 +1,7 @@
 """The tokenizer of a corpus: read from a file or a name, trained here, or plain bytes.
 
-Owns the separator between documents and the way from text to numbers. Text that looks like a
+Owns the separator between documents and the way from text to numbers. Refuses a separator that the
+tokenizer does not have: it would be a token that no model has seen. Text that looks like a
 special token is encoded as the text that it is, so no document can forge a separator. The one
 module that knows the `tokenizers` package; it is imported only when one is needed.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -40,13 +42,24 @@ class TokenizerChoice:
     """What was asked for. `kind`: bytes, bpe or file; `vocab_size` is that of a bpe.
 
     `path` of a file: a tokenizer.json, a folder with one, or a name on the Hugging Face hub.
-    `separator`: the token behind each document; None: the tokenizer's own.
+    `separator`: the token behind each document; None: the tokenizer's own, and where none is known,
+    `END_OF_DOCUMENT`, which is added. `option`: what the user gave it as.
+    Raises: DataError if a separator is given for bytes.
     """
 
     kind: str
     path: str | None = None
     vocab_size: int = 0
     separator: str | None = None
+    option: str = field(default="tokenizer.path", compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the combination."""
+        if self.kind == "bytes" and self.separator is not None:
+            raise DataError(
+                f"--separator (tokenizer.separator)={self.separator} is given, and bytes have a "
+                f"separator of their own, token {BYTES_END_OF_DOCUMENT}; leave it out"
+            )
 
     @classmethod
     def parse(cls, text: str, separator: str | None = None) -> TokenizerChoice:
@@ -63,7 +76,7 @@ class TokenizerChoice:
                     f"--tokenizer={text} has no size; use for example bpe:32000, at least bpe:257"
                 )
             return cls(kind="bpe", vocab_size=int(size), separator=separator)
-        return cls(kind="file", path=text, separator=separator)
+        return cls(kind="file", path=text, separator=separator, option="--tokenizer")
 
 
 class TextEncoder(Protocol):
@@ -135,20 +148,33 @@ def write_tokenizer(choice: TokenizerChoice, path: Path, texts: Iterable[str]) -
     """Write the tokenizer.json that was asked for, and return its separator.
 
     `texts` are read if it is to be trained. A file that has the separator is copied as it is.
-    Raises: DataError if it cannot be had.
+    Raises: DataError if it cannot be had, or lacks the separator that is asked for.
     """
     if choice.kind == "bpe":
         separator = choice.separator or END_OF_DOCUMENT
         content = train_bpe(texts, choice.vocab_size, separator).to_str(pretty=True)
     else:
-        content = load_tokenizer(str(choice.path))
-        tokenizer = parse_tokenizer(content, str(choice.path))
+        content = load_tokenizer(str(choice.path), choice.option)
+        tokenizer = parse_tokenizer(content, str(choice.path), choice.option)
         separator = choice.separator or find_separator(tokenizer)
         if tokenizer.token_to_id(separator) is None:
+            if choice.separator is not None:
+                raise _no_separator(choice, tokenizer)
             tokenizer.add_special_tokens([separator])
             content = tokenizer.to_str(pretty=True)
     path.write_text(content, encoding="utf-8")
     return separator
+
+
+def _no_separator(choice: TokenizerChoice, tokenizer: Tokenizer) -> DataError:
+    wanted = str(choice.separator)
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
+    near = get_close_matches(wanted, special, cutoff=0.0)
+    near += get_close_matches(wanted, tokenizer.get_vocab(with_added_tokens=False), cutoff=0.6)
+    return DataError(
+        f"--separator (tokenizer.separator)={wanted}: {choice.option}={choice.path} has no such "
+        f"token; give one that it has{', such as ' if near else ''}{', '.join(near)}"
+    )
 
 
 def find_separator(tokenizer: Tokenizer) -> str:
@@ -159,10 +185,10 @@ def find_separator(tokenizer: Tokenizer) -> str:
     return END_OF_DOCUMENT
 
 
-def load_tokenizer(path: str) -> str:
+def load_tokenizer(path: str, option: str = "tokenizer.path") -> str:
     """Return the text of a tokenizer.json: a file's, that in a folder, or one by name on the hub.
 
-    Raises: DataError if there is none.
+    `option`: what the path was given as. Raises: DataError if there is none.
     """
     local = Path(path).expanduser()
     if local.is_dir():
@@ -173,28 +199,30 @@ def load_tokenizer(path: str) -> str:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"tokenizer.path={path}: {local} cannot be read ({reason}); give a tokenizer.json, "
+                f"{option}={path}: {local} cannot be read ({reason}); give a tokenizer.json, "
                 "a folder with one, or a name on the Hugging Face hub"
             ) from error
-    from tokenizers import Tokenizer
+    from train.data.prepare.hub import fetch_tokenizer
 
     try:
-        return str(Tokenizer.from_pretrained(path).to_str(pretty=True))
+        return str(fetch_tokenizer(path).to_str(pretty=True))
     except Exception as error:  # tokenizers raises plain Exception for all that can go wrong
+        kinds = "bytes, bpe:SIZE or " if option == "--tokenizer" else ""
         raise DataError(
-            f"tokenizer.path={path} is no file here, and could not be had from the Hugging Face "
-            f"hub ({_first_line(error)}); check the name and the network, or give a tokenizer.json"
+            f"{option}={path} is no file here, and could not be had from the Hugging Face hub "
+            f"({_first_line(error)}); check the name and the network, or give {kinds}a "
+            "tokenizer.json"
         ) from error
 
 
-def parse_tokenizer(content: str, path: str) -> Tokenizer:
+def parse_tokenizer(content: str, path: str, option: str = "tokenizer.path") -> Tokenizer:
     """Return the tokenizer that `content` describes. Raises: DataError if it describes none."""
     from tokenizers import Tokenizer
 
     try:
         return Tokenizer.from_str(content)
     except Exception as error:  # tokenizers raises plain Exception for any bad file
-        raise DataError(f"tokenizer.path={path} is not a tokenizer.json ({error})") from error
+        raise DataError(f"{option}={path} is not a tokenizer.json ({error})") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, separator: str) -> Tokenizer:
@@ -214,12 +242,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, separator: str) -> Tokenize
     return tokenizer
 
 
-def fingerprint_of(path: str) -> str:
+def fingerprint_of(path: str, option: str = "tokenizer.path") -> str:
     """Return the sha256 of a tokenizer.json that was asked for, as it is before anything is added.
 
     Raises: DataError if there is none.
     """
-    return hashlib.sha256(load_tokenizer(path).encode()).hexdigest()
+    return hashlib.sha256(load_tokenizer(path, option).encode()).hexdigest()
 
 
 def _num_ids(tokenizer: Tokenizer) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from train.data.prepare.finish import BAD_RECORDS_FILE, MANIFEST_FILE
+from train.data.prepare.inputs import is_remote
 from train.data.prepare.plan import Task, plan_tasks
 from train.data.prepare.recipe import Recipe
-from train.data.prepare.sources import SourceFile
+from train.data.prepare.sources import PLAN_FILE, WORK_FOLDER, SourceFile
 from train.data.prepare.tokenizer import (
     MAX_TRAINING_CHARACTERS,
     TOKENIZER_FILE,
@@ -27,9 +29,10 @@ from train.data.prepare.tokenizer import (
 from train.durable import write_json
 from train.errors import DataError
 
-WORK_FOLDER = ".work"
-PLAN_FILE = "plan.json"
+logger = logging.getLogger(__name__)
+
 _LOCK_FILE = "lock"
+_MAX_NAMED_FILES = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +79,7 @@ def settings_of(job: Job) -> dict[str, Any]:
         tokenizer["vocab_size"] = choice.vocab_size
         tokenizer["max_training_characters"] = MAX_TRAINING_CHARACTERS
     elif choice.kind == "file":
-        tokenizer["fingerprint"] = fingerprint_of(str(choice.path))
+        tokenizer["fingerprint"] = fingerprint_of(str(choice.path), choice.option)
     return {**job.recipe.as_settings(), "tokenizer": tokenizer}
 
 
@@ -111,7 +114,7 @@ def finished(job: Job, settings: dict[str, Any]) -> dict[str, Any] | None:
     """
     manifest_path = job.folder / MANIFEST_FILE
     if job.overwrite:
-        _clear(job)
+        clear(job)
         return None
     if manifest_path.exists():
         manifest = read_json(manifest_path)
@@ -127,6 +130,8 @@ def finished(job: Job, settings: dict[str, Any]) -> dict[str, Any] | None:
                 f"{job.folder} holds a corpus of other files; give another --output, or "
                 "--overwrite to start over"
             )
+        _check_sizes(job, manifest)
+        _tell_of_newer(job, manifest_path)
         return manifest
     if not (job.work / PLAN_FILE).exists():
         others = sorted(path.name for path in job.folder.iterdir() if path != job.work)
@@ -138,7 +143,42 @@ def finished(job: Job, settings: dict[str, Any]) -> dict[str, Any] | None:
     return None
 
 
-def _clear(job: Job) -> None:
+def _check_sizes(job: Job, manifest: dict[str, Any]) -> None:
+    """Raises: DataError if a file has another size than when the corpus was made of it."""
+    now = [source.num_bytes for source in job.sources]
+    before = manifest.get("files_num_bytes", now)  # earlier versions did not note them
+    changed = [
+        f"{source.address}: {old:,} bytes then, {source.num_bytes:,} now"
+        for source, old in zip(job.sources, before, strict=True)
+        if source.num_bytes != old
+    ]
+    if changed:
+        raise DataError(
+            f"{job.folder} holds a corpus of {len(changed)} files that changed since "
+            f"({'; '.join(changed[:_MAX_NAMED_FILES])}); use --overwrite to start over, or give "
+            "another --output"
+        )
+
+
+def _tell_of_newer(job: Job, manifest_path: Path) -> None:
+    """Warn of files that were written since. Copies are, too, so they are not refused."""
+    finished_ns = manifest_path.stat().st_mtime_ns
+    newer = [
+        source.address
+        for source in job.sources
+        if not is_remote(source.address) and int(source.stamp) > finished_ns
+    ]
+    if newer:
+        logger.warning(
+            "%s: %d of its files were written since it was finished, at the same size (%s); use "
+            "--overwrite if their text changed",
+            job.folder,
+            len(newer),
+            ", ".join(newer[:_MAX_NAMED_FILES]),
+        )
+
+
+def clear(job: Job) -> None:
     """Remove a corpus and what is half done; the manifest first, so that none looks whole.
 
     Raises: DataError if the folder holds files that are no corpus.
@@ -158,13 +198,28 @@ def _clear(job: Job) -> None:
     for path in ours:
         if path != job.work:
             path.unlink(missing_ok=True)
-    for path in job.work.iterdir():
+    _empty_work(job)
+
+
+def _empty_work(job: Job) -> None:
+    """Remove what is half done, records before what they speak of and the plan last.
+
+    So a kill in between leaves what this plan can still be finished from.
+    """
+
+    def place(path: Path) -> tuple[bool, bool]:
+        return path.name == PLAN_FILE, path.suffix != ".json"
+
+    for path in sorted(job.work.iterdir(), key=place):
         if path.name != _LOCK_FILE:
             path.unlink()
 
 
 def take_up(job: Job, settings: dict[str, Any]) -> list[Task]:
-    """Return the plan, the one that is there if the inputs and settings are those of now."""
+    """Return the plan, the one that is there if the inputs and settings are those of now.
+
+    Raises: StaleWorkError if they are not, and a task is done.
+    """
     tasks = plan_tasks(job.sources, job.recipe)
     plan = {
         "settings": settings,
@@ -178,6 +233,11 @@ def take_up(job: Job, settings: dict[str, Any]) -> list[Task]:
     for leftover in job.work.glob("*.tmp"):  # of a task that was cut short
         leftover.unlink(missing_ok=True)
     there = read_json(path)
+    is_same = (there["settings"], there["sources"]) == (settings, plan["sources"])
+    if not is_same and not any(job.work.glob("task-*.json")):  # nothing would be lost
+        _empty_work(job)
+        write_json(path, plan)
+        return tasks
     if there["settings"] != settings:
         differences = ", ".join(_differences(there["settings"], settings))
         raise StaleWorkError(

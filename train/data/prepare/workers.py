@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +25,7 @@ from train.data.prepare.task import ListedBadRecord, TaskResult, TaskRunner, Too
 from train.errors import DataError
 
 WORKER_OPTION = "--worker"
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Workers:
@@ -35,12 +37,17 @@ class Workers:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(entry), WORKER_OPTION, str(work), str(max_bad_records)]
         self._lines: queue.SimpleQueue[tuple[int, str]] = queue.SimpleQueue()
-        self._processes = [
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-            for _ in range(num_processes)
-        ]
+        with _blocked(_STOP_SIGNALS):
+            self._processes = [
+                subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    env=environment,
+                )
+                for _ in range(num_processes)
+            ]
         self._readers = [
             threading.Thread(target=self._read, args=[number], daemon=True)
             for number in range(num_processes)
@@ -111,6 +118,20 @@ class Workers:
         )
 
 
+@contextmanager
+def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
+    """Start processes that never get `signals`, from their first instruction on.
+
+    A terminal or a scheduler sends these to all of a job's processes: the parent says what there is
+    to say, and ends its workers.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _raise_problem(message: dict[str, Any]) -> None:
     if "bad" in message:
         record = message["bad"]
@@ -130,7 +151,6 @@ def serve(
     replies: TextIO,
 ) -> None:
     """Do what comes in on `requests` until it ends; a task under way is then given up."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
     numbers = _Requests(requests)
 
     def say(**message: object) -> None:

@@ -25,6 +25,7 @@ class CountingSource:
 
     sample_tokens = LENGTH + 1
     num_indices: int | None = None
+    num_samples = 10**6
     dtype = np.dtype(np.uint32)
 
     def __init__(self, *, fails_at: int | None = None, bad: frozenset[int] = frozenset()) -> None:

@@ -19,7 +19,7 @@ from train.data.stream import SampleStream
 
 FAST = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 RANKS = st.sampled_from([1, 2, 3, 8])
-# What a launch does: ranks, samples of its batches a rank, how many batches, whether it reads ahead.
+# What a launch does: ranks, samples of a batch a rank, number of batches, whether it reads ahead.
 LAUNCHES = st.lists(
     st.tuples(RANKS, st.integers(1, 5), st.integers(1, 6), st.booleans()), min_size=1, max_size=5
 )
