@@ -21,6 +21,7 @@ from train.data.build import (
     build_data,
     find_bad_shards,
     refuse_short_mixture,
+    warn_of_late_stages,
 )
 from train.data.corpus import open_sources
 from train.data.read_ahead import ReadAhead
@@ -92,6 +93,8 @@ def _execute_in(
         if any(bad_shards.values()):
             data = build_data(corpora, config.data, seed=config.run.seed, bad_shards=bad_shards)
         data.validation.check(config.model.vocab_size)
+        if world.is_main:
+            warn_of_late_stages(config.data, schedule)
         run = assemble(
             Scene(
                 config=config,

@@ -258,6 +258,19 @@ def _in_order(parts: list[SourcePart], weights: Mapping[str, float]) -> tuple[Fr
     return tuple(Fraction(str(weights.get(part.name, 0.0))) for part in parts)
 
 
+def warn_of_late_stages(data: DataSettings, schedule: Schedule) -> None:
+    """Say which stages the run never comes to."""
+    num_tokens = schedule.num_samples * data.sequence_length
+    for number, stage in enumerate(data.stages):
+        if stage.start.value >= num_tokens:
+            logger.warning(
+                "data.stages[%d] starts at %s, and the run ends after %s tokens: it has no effect",
+                number,
+                stage.start,
+                f"{num_tokens:,}",
+            )
+
+
 def refuse_short_mixture(run_data: RunData, data: DataSettings, schedule: Schedule) -> None:
     """Refuse a new run that is longer than its mixture. Raises: ConfigError."""
     needed, num_indices = schedule.num_samples, run_data.source.num_indices

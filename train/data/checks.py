@@ -51,3 +51,10 @@ def _stage_problems(data: DataSettings) -> Iterator[str]:
             yield f"{key}.weights: every weight is 0; give at least one source a positive weight"
         if starts.count(stage.start.value) > 1:
             yield f"{key}.start={stage.start}: two stages start there; remove one"
+        end = stage.start.value + stage.ramp.value
+        inside = [start for start in starts if stage.start.value < start < end]
+        if inside:
+            yield (
+                f"{key}: its ramp ends at {end:,} tokens, and another stage starts at "
+                f"{min(inside):,}; shorten the ramp or let that one start later"
+            )

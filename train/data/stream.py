@@ -293,8 +293,8 @@ class SampleStream:
                     f"this checkpoint has seen {known} samples of each source, and by the mixture "
                     f"of now it would be {given}: data.sources or data.stages have changed in its "
                     "past, or so near to it that it is not ready for the change; bring the old "
-                    "ones back, let the new stage start later, or start over with "
-                    "run.overwrite=true"
+                    "ones back, let the new stage start later (a new source gets weight 0 and a "
+                    "stage in the future), or start over with run.overwrite=true"
                 )
         found = self._digest(indices)
         if found != proof["sha256"]:
