@@ -56,10 +56,12 @@ class BlockMemory:
         return np.concatenate(pieces, axis=-1)
 
     def _jumped_to(self, first: int, count: int) -> npt.NDArray[np.int64] | None:
-        """Return the entries alone, unless others of their block were asked for just before.
+        """Return the entries alone, unless others of their block or the one before were kept.
 
         Whoever jumps here may not stay, and a first block costs a millisecond.
         """
+        if self._has(first // BLOCK_INDICES - 1):
+            return None
         jump = self._jump
         if jump is not None and jump[:2] == (first, count):
             return jump[2]

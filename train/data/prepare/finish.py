@@ -59,7 +59,10 @@ class Finish:
     settings: dict[str, Any]
 
     def run(self, results: Sequence[TaskResult]) -> dict[str, Any]:
-        """Write the corpus and return its manifest. Raises: EmptyCorpusError if it would be empty."""
+        """Write the corpus and return its manifest.
+
+        Raises: EmptyCorpusError if there would be nothing to train on.
+        """
         for leftover in self.folder.glob("*.tmp"):  # of a pass that was cut short
             leftover.unlink()
         lines_before = self._lines_before(results)

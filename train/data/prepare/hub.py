@@ -30,7 +30,7 @@ def fetch_tokenizer(name: str) -> Tokenizer:
     with _quiet():
         try:
             get_hf_file_metadata(hf_hub_url(name, _FILE), timeout=_TIMEOUT_SECONDS)
-        except Exception as error:  # its own, its HTTP library's, and plain OSError
+        except Exception as error:  # noqa: BLE001 - its own, its HTTP library's, plain OSError
             try:
                 path = hf_hub_download(name, _FILE, local_files_only=True)
             except Exception:  # noqa: BLE001 - what the hub said is what counts

@@ -272,7 +272,7 @@ def _json_documents(lines: Iterator[tuple[int, bytes | None]], recipe: Recipe) -
             continue
         text = record.get(key) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            yield no_text(number, recipe, record if isinstance(record, dict) else ())
+            yield no_text(number, recipe, _text_fields(record))
             continue
         # It may have been in another field.
         has_replaced = has_replaced and "\N{REPLACEMENT CHARACTER}" in text
@@ -280,6 +280,11 @@ def _json_documents(lines: Iterator[tuple[int, bytes | None]], recipe: Recipe) -
             yield Piece(number, text, True, has_replaced)
         else:
             yield from cut_pieces(text, number, recipe.piece_characters, has_replaced=has_replaced)
+
+
+def _text_fields(record: object) -> list[str]:
+    fields = record.items() if isinstance(record, dict) else ()
+    return [str(name) for name, value in fields if isinstance(value, str)]
 
 
 def decode(data: bytes) -> tuple[str, bool]:
@@ -304,11 +309,11 @@ def too_long(line: int, recipe: Recipe) -> BadRecord:
 
 
 def no_text(line: int, recipe: Recipe, fields: Iterable[str] = ()) -> BadRecord:
-    """Return the bad record of a line or row without text; `fields` are those that it has."""
+    """Return the bad record of a line or row without text; `fields` are those that hold some."""
     reason = f"has no text under {recipe.text_key!r}"
     named = ", ".join(f"{field:.40}" for field in islice(fields, _MAX_NAMED_FIELDS))
     if named:
-        reason += f", but has {named}"
+        reason += f", but under {named}"
     advice = "set data.text_key (`trimtab prepare --text-key`) to the field that holds it"
     return BadRecord(line, reason, advice)
 

@@ -47,8 +47,8 @@ def dataset_files(folder: str, files: Sequence[Found]) -> list[Found] | None:
     missing = [name for name in listed if name not in by_name]
     if missing:
         raise DataError(
-            f"{folder} lacks {len(missing)} of the {len(listed)} files that its {_STATE_FILE} names "
-            f"({', '.join(missing[:3])}); copy or download the dataset once more"
+            f"{folder} lacks {len(missing)} of the {len(listed)} files that its {_STATE_FILE} "
+            f"names ({', '.join(missing[:3])}); copy or download the dataset once more"
         )
     others = sorted(
         name

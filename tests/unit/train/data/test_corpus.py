@@ -182,7 +182,7 @@ def test_line_that_is_no_json_is_named_with_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ['{"body": "a"}', '{"text": 5}', '["text"]', "null"])
 def test_line_without_the_text_key_is_named_with_its_file(tmp_path: Path, line: str) -> None:
     path = write(tmp_path / "a.jsonl", f"{line}\n")
-    with pytest.raises(DataError, match=r"a\.jsonl: line 1 has no text under 'text'; set data"):
+    with pytest.raises(DataError, match=r"a\.jsonl: line 1 has no text under 'text'.*; set data"):
         prepare(data(tmp_path, path), BYTES)
 
 
@@ -424,6 +424,21 @@ def test_bad_records_within_the_limit_are_left_out_and_counted(
     corpus = prepare(data(tmp_path, path, max_bad_records=1), BYTES)
     assert tokens_of(corpus) == encoded("a")
     assert "1 bad records left out" in caplog.text
+
+
+def test_what_is_odd_about_the_text_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "a.jsonl", "")
+    path.write_bytes(b'{"text": "a\xff"}\n')
+    prepare(data(tmp_path, path), BYTES)
+    assert "1 documents are not UTF-8 throughout" in caplog.text
+
+
+def test_half_done_corpus_is_not_trained_on_as_text(tmp_path: Path) -> None:
+    write(tmp_path / "half" / ".work" / "plan.json", '{"text": "not text"}')
+    with pytest.raises(DataError, match="half is a corpus that was not prepared to the end; run"):
+        prepare(data(tmp_path, tmp_path / "half"), BYTES)
 
 
 def test_large_text_is_prepared_by_several_processes_to_the_same_tokens(

@@ -91,18 +91,35 @@ def test_column_of_categories_is_text(tmp_path: Path) -> None:
     assert [record[1] for record in found] == ["a", "b", "a"]
 
 
-def test_damage_gives_what_came_before_and_one_bad_record(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.arrow")
-    path.write_bytes(path.read_bytes()[:5000])
-    found = read(path)
-    assert isinstance(found[-1], BadRecord)
-    assert found[-1].line == len(found)
-    assert found[:-1] == EXPECTED[: len(found) - 1]
-    (bad,) = read_damaged_parquet(tmp_path)
-    assert "cannot be unpacked any further" in bad[1]
+def test_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
+    arrow = write(tmp_path / "a.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:5000])
+    parquet = write(tmp_path / "a.parquet")
+    parquet.write_bytes(parquet.read_bytes()[:-8])
+    (tmp_path / "b.parquet").write_text("no columns at all")
+    for path in (arrow, parquet, tmp_path / "b.parquet"):
+        with pytest.raises(DataError, match=rf"{path} cannot be unpacked \(.*\): it is damaged or"):
+            read(path)
 
 
-def read_damaged_parquet(folder: Path) -> list[Piece | BadRecord]:
-    path = write(folder / "a.parquet")
-    path.write_bytes(path.read_bytes()[:-8])
-    return read(path)
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_value_that_is_not_utf8_is_replaced_and_marked(tmp_path: Path, suffix: str) -> None:
+    values = pa.array([b"ab\xff", b"good", None], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 3, values.buffers())
+    marked, good, missing = read(write(tmp_path / f"a{suffix}", text))
+    assert marked == Piece(1, "ab\N{REPLACEMENT CHARACTER}", True, has_replaced=True)
+    assert good == Piece(2, "good", True)
+    assert isinstance(missing, BadRecord)
+
+
+def test_disk_that_fails_in_the_middle_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.parquet")
+
+    def fail(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("train.data.prepare.columns._documents", fail)
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read \(Input/output error\)"):
+        read(path)

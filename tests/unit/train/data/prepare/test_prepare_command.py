@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from train.data.prepare.command import main
 from train.data.prepare.documents import Advance
 from train.data.prepare.progress import Bar, Lines
+from train.data.prepare.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("fast_disk")
 
@@ -104,10 +106,50 @@ def test_each_damage_is_found(
     assert "tokenizer.json is not the one of the manifest" in found()
     (out / "manifest.json").write_text("{}")
     assert "is None version None, expected trimtab-corpus version 1" in found()
+    (out / "manifest.json").write_text("[]")
+    assert "manifest.json holds a list, and an object is expected; prepare" in found()
+    head = {"format": "trimtab-corpus", "version": 1}
+    (out / "manifest.json").write_text(json.dumps(head))
+    assert "manifest.json is damaged (dtype is missing); delete" in found()
     (out / "manifest.json").write_text("{")
     assert "manifest.json cannot be read" in found()
     (out / "manifest.json").unlink()
     assert f"{out} is no prepared corpus, or not prepared to the end" in found()
+
+
+def test_manifest_that_was_edited_is_found(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare(source, "--output", out, "--tokenizer=bytes", "--processes=1")
+    path = out / "manifest.json"
+    whole = path.read_text()
+
+    def found(old: str, new: str) -> str:
+        assert old in whole
+        path.write_text(whole.replace(old, new))
+        assert prepare("--verify", out) == 2
+        return capsys.readouterr().err
+
+    digest = json.loads(whole)["digest"]
+    assert f"was edited: what it says has the digest {digest}" in found(digest, "0" * 64)
+    assert "was edited: what it says has the digest" in found(
+        '"text_key": "text"', '"text_key": "b"'
+    )
+    assert "51 documents were read and 2 of them" in found('"duplicates": 1', '"duplicates": 2')
+    assert "does not say how many documents" in found('"duplicates": 1', '"duplicates": "x"')
+    assert "manifest.json lacks settings or counts" in found('"counts": {', '"others": {')
+
+
+def test_files_that_are_no_part_of_a_corpus_are_named(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    prepare(source, "--output", out, "--tokenizer=bytes", "--processes=1")
+    (out / "train-00099.bin").touch()
+    capsys.readouterr()
+    assert prepare("--verify", out) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["no part of it: train-00099.bin"]
 
 
 def test_documents_that_do_not_fit_the_tokens_are_found(
@@ -150,6 +192,12 @@ def test_documents_that_do_not_fit_the_tokens_are_found(
         (["SOURCE", "--output", "out", "--max-bad-records=-1"], "--max-bad-records=-1 is too"),
         (["SOURCE", "--verify", "out"], "--verify takes a prepared folder alone; leave SOURCES"),
         (["SOURCE", "--outptu", "out"], "unrecognized arguments: --outptu out; see `trimtab"),
+        (
+            ["SOURCE", "--output", "out", "--tokenizer=bytes", "--separator=<eos>"],
+            "--separator (tokenizer.separator)=<eos> is given, and bytes have a separator of their",
+        ),
+        (["SOURCE", "--output", "out", "--tokenizer=./no"], "--tokenizer=./no: no cannot be read"),
+        (["gone.txt", "--output", "out"], "SOURCES: gone.txt cannot be found; check the globs"),
         (["SOURCE", "--processes=x"], "invalid int value: 'x'; see `trimtab prepare --help`"),
     ],
 )
@@ -172,6 +220,50 @@ def test_interrupt_says_how_to_go_on(
     monkeypatch.setattr("train.data.prepare.job._run_tasks", interrupt)
     assert prepare(source, "--output", tmp_path / "out", "--tokenizer=bytes") == 130
     assert "interrupted; the same command goes on from here" in capsys.readouterr().err
+
+
+def test_sigterm_says_how_to_go_on(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(
+        "train.data.prepare.job._run_tasks", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    assert prepare(source, "--output", tmp_path / "out", "--tokenizer=bytes") == 143
+    assert "stopped by SIGTERM; the same command goes on from here" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_interrupt_while_it_is_imported_is_one_line(tmp_path: Path) -> None:
+    package = tmp_path / "train" / "data" / "prepare"
+    package.mkdir(parents=True)
+    (package / "command.py").write_text("raise KeyboardInterrupt")
+    entry = tmp_path / "train" / "prepare.py"
+    entry.write_text((ROOT / "train" / "prepare.py").read_text())
+    done = subprocess.run([sys.executable, str(entry)], capture_output=True, text=True, check=False)
+    assert done.returncode == 130
+    assert done.stderr == "trimtab: interrupted; nothing was begun\n"
+
+
+def test_workers_never_hear_what_is_meant_for_their_parent(tmp_path: Path) -> None:
+    with Workers(tmp_path, 1, 0) as workers:
+        status = Path(f"/proc/{workers._processes[0].pid}/status").read_text()
+    (blocked,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        assert int(blocked, 16) >> (number - 1) & 1
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_notes_are_in_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("été".encode("latin-1"))
+    assert prepare(path, "--output", tmp_path / "out", "--tokenizer=bytes") == 0
+    out = capsys.readouterr().out
+    assert "  note        1 documents are not UTF-8 throughout: what was not became U+FFFD" in out
+    assert "  note        no document is held out, at a share of 0.005 of 1; raise" in out
 
 
 def test_lines_say_how_far_it_is() -> None:

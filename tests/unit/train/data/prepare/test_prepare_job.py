@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from train.data.prepare import job as job_module
 from train.data.prepare.job import run_job
+from train.data.prepare.notes import notes
 from train.data.prepare.progress import Silence
 from train.data.prepare.recipe import Recipe
 from train.data.prepare.sources import list_sources
@@ -98,7 +103,12 @@ def test_each_document_has_its_file_and_line_whatever_the_tasks(tmp_path: Path) 
         "empty": 0,
         "bad_records": 0,
         "characters": sum(map(len, texts(910))) + 12,
+        "not_utf8": 0,
+        "json_as_text": 0,
     }
+    assert manifest["files_num_bytes"] == [
+        Path(address).stat().st_size for address in manifest["files"]
+    ]
 
 
 def test_rows_of_parquet_are_numbered_over_all_tasks(tmp_path: Path) -> None:
@@ -259,6 +269,61 @@ def test_document_whose_end_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     assert [text for text, _, _ in documents(job.folder)] == ["good"]
 
 
+def test_damaged_file_stops_it_at_once_whatever_the_limit(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "a.jsonl", "a")
+    (tmp_path / "in" / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz cannot be unpacked .*; get it once more"):
+        run(job_of(tmp_path, tmp_path / "in", max_bad_records=1000))
+
+
+def test_documents_that_are_not_utf8_are_counted_once_each(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("é and à, ".encode("latin-1") * 100)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "a\xff"}\n{"text": "b"}\n{"text": "\\ud800"}\n')
+    recipe = replace(RECIPE, piece_characters=100)
+    manifest = run(job_of(tmp_path, tmp_path / "a.txt", tmp_path / "b.jsonl", recipe=recipe))
+    assert (manifest["counts"]["documents_read"], manifest["counts"]["not_utf8"]) == (4, 3)
+    assert "3 documents are not UTF-8 throughout: what was not became" in notes(manifest)[0]
+
+
+def test_json_texts_that_look_like_records_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.json").write_text('[{"text": "a"}, {"text": "b"}]')
+    (tmp_path / "in" / "b.json").write_text('{"name": "no record"}')
+    (tmp_path / "in" / "c.txt").write_text('{"text": "no json, it says"}')
+    manifest = run(job_of(tmp_path, tmp_path / "in"))
+    assert manifest["counts"]["json_as_text"] == 1
+    assert "1 .json files have a field 'text', and each was read as one text" in notes(manifest)[0]
+
+
+# What is odd, and said.
+
+
+def test_usual_corpus_has_no_notes(tmp_path: Path) -> None:
+    choice = TokenizerChoice(kind="bpe", vocab_size=280)
+    path = write_lines(tmp_path / "a.jsonl", *texts(300))
+    recipe = replace(RECIPE, validation_share=0.1)
+    assert notes(run(job_of(tmp_path, path, recipe=recipe, tokenizer=choice))) == []
+
+
+def test_tokenizer_that_is_not_what_was_asked_for_is_noted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", *texts(20))
+    choice = TokenizerChoice(kind="bpe", vocab_size=10_000)
+    (note,) = notes(run(job_of(tmp_path / "1", path, tokenizer=choice)))
+    assert "tokens, 10,000 were asked for: the text is too small for more" in note
+    given = tmp_path / "given.json"
+    given.write_text(str(Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")).to_str()))
+    choice = TokenizerChoice(kind="file", path=str(given))
+    (note,) = notes(run(job_of(tmp_path / "2", path, tokenizer=choice)))
+    assert "no separator that is known: <|endoftext|> was added to it, as token 2; name" in note
+
+
+def test_split_without_documents_is_noted(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "one")
+    job = job_of(tmp_path, path, recipe=replace(RECIPE, validation_share=0.001))
+    (note,) = notes(run(job))
+    assert note.startswith("no document is held out, at a share of 0.001 of 1; raise --validation")
+
+
 # What is taken up.
 
 
@@ -320,6 +385,17 @@ def test_files_that_changed_since_are_refused_and_named(tmp_path: Path) -> None:
     assert [text for text, _, _ in documents(tmp_path / "out")] == ["other"]
 
 
+def test_plan_that_nothing_is_done_of_gives_way_to_another(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "a")
+    given = tmp_path / "given.json"
+    given.write_text(str(Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).to_str()))
+    wrong = TokenizerChoice(kind="file", path=str(given), separator="<s>")
+    with pytest.raises(DataError, match=r"has no such token; give one that it has, such as </s>"):
+        run(job_of(tmp_path, path, tokenizer=wrong))
+    right = replace(wrong, separator="</s>")
+    assert run(job_of(tmp_path, path, tokenizer=right))["tokenizer"]["separator_id"] == 1
+
+
 def test_other_settings_for_a_half_done_output_are_refused_and_named(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", "a")
     half_done(tmp_path, path)
@@ -337,6 +413,33 @@ def test_finished_corpus_of_other_settings_or_files_is_refused(tmp_path: Path) -
     with pytest.raises(DataError, match="holds a corpus of other files; give another --output"):
         run(job_of(tmp_path, write_lines(tmp_path / "b.jsonl", "a")))
     run(job_of(tmp_path, tmp_path / "b.jsonl", overwrite=True))
+
+
+def test_finished_corpus_of_files_that_changed_since_is_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "a")
+    manifest = run(job_of(tmp_path, path))
+    later_ns = time.time_ns() + 10**12
+    os.utime(path, ns=(later_ns, later_ns))
+    assert run(job_of(tmp_path, path)) == manifest
+    assert "1 of its files were written since it was finished, at the same size" in caplog.text
+    write_lines(path, "a", "more")
+    with pytest.raises(
+        DataError,
+        match=r"1 files that changed since \(.*a\.jsonl: 14 bytes then, 31 now\); use --overwrite",
+    ):
+        run(job_of(tmp_path, path))
+    run(job_of(tmp_path, path, overwrite=True))
+
+
+def test_finished_corpus_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", "a")
+    manifest = run(job_of(tmp_path, path))
+    del manifest["files_num_bytes"], manifest["counts"]["not_utf8"]
+    del manifest["counts"]["json_as_text"]
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    assert notes(run(job_of(tmp_path, path))) == []
 
 
 def test_folder_with_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -402,6 +505,33 @@ def test_corpus_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match="the corpus is empty: 1 files hold no text; point data"):
         run(job_of(tmp_path, tmp_path / "a.txt"))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_corpus_without_text_says_which_records_could_not_be_read(
+    tmp_path: Path, num_processes: int
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"body": "x" * 300}) + "\n" + '{"body": "a"}\nbad\n{}\n' * 40)
+    wrong = job_of(tmp_path, path, num_processes=num_processes, max_bad_records=1000)
+    with pytest.raises(
+        DataError,
+        match=r"1 files hold no text; 121 records could not be read, the first: "
+        r".*a\.jsonl: line 1 has no text under 'text', but under body; .*: line 3 has no text .*; "
+        r".*: line 4 is not JSON .*; set data\.text_key",
+    ):
+        run(wrong)
+    # The folder is as it was, so the right settings need no --overwrite.
+    assert list(wrong.folder.iterdir()) == []
+    run(replace(wrong, recipe=replace(RECIPE, text_key="body")))
+
+
+def test_file_that_is_no_text_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-16"))
+    with pytest.raises(
+        DataError, match=r"the first: .*a\.txt is not text \(it has NUL bytes\); take"
+    ):
+        run(job_of(tmp_path, tmp_path / "a.txt", max_bad_records=1000))
 
 
 def test_corpus_that_is_all_held_out_is_refused(tmp_path: Path) -> None:

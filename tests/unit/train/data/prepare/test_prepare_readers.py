@@ -16,7 +16,14 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from train.data.prepare.readers import BadRecord, Piece, Position, cut_pieces, read_records
+from train.data.prepare.readers import (
+    BadRecord,
+    Piece,
+    Position,
+    cut_pieces,
+    has_records,
+    read_records,
+)
 from train.data.prepare.recipe import Recipe
 from train.data.prepare.sources import list_sources
 from train.errors import DataError
@@ -66,23 +73,22 @@ def test_packed_files_give_what_is_in_them(tmp_path: Path, suffix: str, stem: st
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_packed_file_that_ends_too_early_gives_what_came_before_and_one_bad_record(
-    tmp_path: Path, suffix: str
-) -> None:
+def test_packed_file_that_ends_too_early_is_refused_by_name(tmp_path: Path, suffix: str) -> None:
     source = random.Random(0)
     lines = [json.dumps({"text": f"{source.random()}"}) for _ in range(40_000)]
     packed = PACK[suffix]("\n".join(lines).encode())
-    found = read(write(tmp_path / f"a.jsonl{suffix}", packed[: len(packed) - 50]))
-    assert [isinstance(record, BadRecord) for record in found[-2:]] == [False, True]
-    assert found[-1].line == len(found)
-    assert "cannot be unpacked any further" in found[-1][1]
+    path = write(tmp_path / f"a.jsonl{suffix}", packed[: len(packed) - 50])
+    with pytest.raises(DataError, match=rf"{path} cannot be unpacked \(.*\): it is damaged or cut"):
+        read(path)
 
 
 @pytest.mark.parametrize("suffix", PACK)
-def test_file_that_is_not_packed_as_it_says_is_a_bad_record(tmp_path: Path, suffix: str) -> None:
-    (bad,) = read(write(tmp_path / f"a.txt{suffix}", "no packed text at all" * 10))
-    assert isinstance(bad, BadRecord)
-    assert (bad.line, "cannot be unpacked" in bad.reason) == (0, True)
+def test_file_that_is_not_packed_as_it_says_is_refused(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path / f"a.txt{suffix}", "no packed text at all" * 10)
+    with pytest.raises(
+        DataError, match=rf"{path} cannot be unpacked \(.*get it once more, or take"
+    ):
+        read(path)
 
 
 def test_lines_of_all_ranges_together_are_those_of_the_file(tmp_path: Path) -> None:
@@ -102,7 +108,7 @@ def test_lines_of_all_ranges_together_are_those_of_the_file(tmp_path: Path) -> N
     [
         ('{"text": ', "is not JSON (Expecting value)"),
         ("[" * 100_000, "is not JSON (maximum recursion"),
-        ('{"body": "a"}', "has no text under 'text'"),
+        ('{"body": "a", "n": 1}', "has no text under 'text', but under body"),
         ('{"text": 5}', "has no text under 'text'"),
         ('["text"]', "has no text under 'text'"),
         ("null", "has no text under 'text'"),
@@ -117,10 +123,35 @@ def test_bad_line_is_named_and_the_next_is_read(tmp_path: Path, line: str, reaso
     assert (bad.line, bad.reason.startswith(reason)) == (2, True)
 
 
-def test_byte_that_is_no_utf8_is_replaced(tmp_path: Path) -> None:
-    assert texts(write(tmp_path / "a.txt", b"ab\xffcd")) == ["ab\N{REPLACEMENT CHARACTER}cd"]
-    line = write(tmp_path / "a.jsonl", b'{"text": "ab\xffcd"}')
-    assert texts(line) == ["ab\N{REPLACEMENT CHARACTER}cd"]
+def test_byte_that_is_no_utf8_is_replaced_and_marked(tmp_path: Path) -> None:
+    replaced = "ab\N{REPLACEMENT CHARACTER}cd"
+    whole = read(write(tmp_path / "a.txt", b"ab\xffcd"))
+    assert whole == [Piece(0, replaced, True, has_replaced=True)]
+    lines = b'{"text": "ab\xffcd"}\n{"text": "a", "id": "\xff"}\n{"text": "\xef\xbf\xbd"}'
+    assert read(write(tmp_path / "a.jsonl", lines)) == [
+        Piece(1, replaced, True, has_replaced=True),
+        Piece(2, "a", True),
+        Piece(3, "\N{REPLACEMENT CHARACTER}", True),
+    ]
+
+
+@pytest.mark.parametrize("content", [b"ab\xe6\x96", b"\xe6\x96\xe6\x96x", b"\xff\xfe\xc0\x80"])
+def test_what_is_replaced_is_what_python_replaces(tmp_path: Path, content: bytes) -> None:
+    assert texts(write(tmp_path / "a.txt", content)) == [content.decode(errors="replace")]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"id": 1, "text": "a"}]', True),
+        ('\n {"text" : "a"}', True),
+        ('[{"body": "a"}]', False),
+        ('a "text": b', False),
+        ("", False),
+    ],
+)
+def test_json_text_with_the_field_looks_like_records(text: str, *, expected: bool) -> None:
+    assert has_records(text, RECIPE) == expected
 
 
 def test_file_with_nul_bytes_is_no_text(tmp_path: Path) -> None:

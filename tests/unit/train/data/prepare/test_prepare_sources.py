@@ -74,6 +74,28 @@ def test_folder_that_gets_the_corpus_is_passed_by(tmp_path: Path) -> None:
     assert [source.address for source in found] == [str(a)]
 
 
+def test_folder_that_gets_the_corpus_is_passed_by_however_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.txt")
+    write(tmp_path / "out" / "manifest.json")
+    monkeypatch.chdir(tmp_path)
+    assert [source.address for source in list_sources(["."], but="out")] == ["./a.txt"]
+    assert len(list_sources([str(tmp_path)], but="out")) == 1
+
+
+def test_corpus_among_the_text_is_passed_by(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a = write(tmp_path / "a.txt")
+    write(tmp_path / "whole" / "manifest.json")
+    write(tmp_path / "whole" / "train-00000.documents.npy")
+    write(tmp_path / "half" / ".work" / "plan.json")
+    assert addresses(tmp_path) == [str(a)]
+    for name in ("whole", "half"):
+        assert f"{tmp_path / name} is a prepared corpus, and passed by" in caplog.text
+
+
 def test_files_of_a_folder_that_are_left_out_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -83,12 +105,20 @@ def test_files_of_a_folder_that_are_left_out_are_counted(
     assert "1 files without a text suffix left out" in caplog.text
 
 
+def save_dataset(folder: Path, *names: str) -> None:
+    for name in names:
+        write(folder / name)
+    write(folder / "dataset_info.json", "{}")
+    state = {"_data_files": [{"filename": name} for name in names]}
+    write(folder / "state.json", json.dumps(state))
+
+
 def test_dataset_on_disk_is_its_arrow_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for split in ("train", "test"):
-        for name in ("dataset_info.json", "state.json", "data-0.arrow", "cache-12.arrow"):
-            write(tmp_path / "saved" / split / name)
+        save_dataset(tmp_path / "saved" / split, "data-0.arrow")
+        write(tmp_path / "saved" / split / "cache-12.arrow")
     write(tmp_path / "saved" / "dataset_dict.json", json.dumps({"splits": ["train", "test"]}))
     assert addresses(tmp_path / "saved") == [str(tmp_path / "saved" / "train" / "data-0.arrow")]
     assert "its split train is taken, test left out" in caplog.text
@@ -96,9 +126,41 @@ def test_dataset_on_disk_is_its_arrow_files(
     assert addresses(test) == [str(test / "data-0.arrow")]
 
 
+def test_dataset_whose_file_is_missing_is_refused_with_its_name(tmp_path: Path) -> None:
+    save_dataset(tmp_path, "data-0.arrow", "data-1.arrow")
+    (tmp_path / "data-1.arrow").unlink()
+    with pytest.raises(DataError, match=r"lacks 1 of the 2 files .* \(data-1\.arrow\); copy or"):
+        addresses(tmp_path)
+
+
+def test_file_that_the_dataset_does_not_name_is_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_dataset(tmp_path, "data-0.arrow")
+    write(tmp_path / "data-9.arrow")
+    assert addresses(tmp_path) == [str(tmp_path / "data-0.arrow")]
+    assert "data-9.arrow left out: its state.json does not name them" in caplog.text
+
+
+def test_dataset_whose_split_is_missing_is_refused_with_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "dataset_dict.json", json.dumps({"splits": ["a", "b"]}))
+    save_dataset(tmp_path / "a", "data-0.arrow")
+    write(tmp_path / "b" / "data-0.arrow")
+    with pytest.raises(DataError, match=rf"{tmp_path}/b is missing or no whole dataset, though"):
+        addresses(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"_data_files": 5}', '{"_data_files": ["a"]}'])
+def test_dataset_without_a_list_of_files_is_refused(tmp_path: Path, text: str) -> None:
+    save_dataset(tmp_path, "data-0.arrow")
+    write(tmp_path / "state.json", text)
+    with pytest.raises(DataError, match=r"state\.json names no files \(.*\); copy or download"):
+        addresses(tmp_path)
+
+
 def test_dataset_without_a_list_of_splits_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "dataset_dict.json", "{}")
-    with pytest.raises(DataError, match=r"dataset_dict\.json names no splits .*; give the folders"):
+    with pytest.raises(DataError, match=r"dataset_dict\.json names no splits .* give the folders"):
         addresses(tmp_path)
 
 
@@ -175,3 +237,24 @@ def test_folder_that_may_not_be_listed_is_refused(
     monkeypatch.setattr(os, "scandir", fail)
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); fix its perm"):
         addresses(tmp_path)
+
+
+def test_folder_that_is_itself_the_output_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.py")
+    with pytest.raises(DataError, match=r"SOURCES: .* lies in --output=.*, where nothing is read"):
+        list_sources([str(tmp_path)], but=str(tmp_path), option="SOURCES")
+
+
+def test_option_that_was_given_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"^SOURCES: .*gone\.txt cannot be found"):
+        list_sources([str(tmp_path / "gone.txt")], option="SOURCES")
+
+
+def test_corpus_that_is_not_whole_is_not_read_as_text(tmp_path: Path) -> None:
+    write(tmp_path / "half" / ".work" / "plan.json")
+    with pytest.raises(DataError, match="half is a corpus that was not prepared to the end; run"):
+        addresses(tmp_path / "half")
+    write(tmp_path / "broken" / "manifest.json", "{")
+    write(tmp_path / "broken" / "train-00000.documents.npy")
+    with pytest.raises(DataError, match=r"broken is a prepared corpus and no text; if a run is to"):
+        addresses(tmp_path / "broken")

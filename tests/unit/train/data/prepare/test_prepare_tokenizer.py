@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -103,7 +105,6 @@ def test_text_that_looks_like_a_separator_is_no_separator(tmp_path: Path, traine
         (("</s>", "<|endoftext|>"), None, "<|endoftext|>"),
         (("</s>", "<doc>"), "<doc>", "<doc>"),
         (("<pad>",), None, "<|endoftext|>"),
-        (("<pad>",), "<new>", "<new>"),
     ],
 )
 def test_separator_is_the_one_asked_for_or_the_tokenizer_s_own(
@@ -116,6 +117,21 @@ def test_separator_is_the_one_asked_for_or_the_tokenizer_s_own(
     assert tokens.tolist() == [0, 1, encoder.separator_id]
     is_copy = (tmp_path / "tokenizer.json").read_text() == content
     assert is_copy == (found in special)
+
+
+def test_separator_that_the_tokenizer_lacks_is_refused_with_those_near_it(tmp_path: Path) -> None:
+    content = word_tokenizer("</s>", "<doc>", "<pad>")
+    with pytest.raises(
+        DataError, match=r"=<s>: tokenizer\.path=.*given\.json has no such .*, such as </s>, "
+    ):
+        encoder_of(tmp_path, content, "<s>")
+    with pytest.raises(DataError, match=r"has no such token; give one .*, such as cat$"):
+        encoder_of(tmp_path, word_tokenizer(), "cats")
+
+
+def test_separator_of_bytes_is_refused() -> None:
+    with pytest.raises(DataError, match=r"=<eos> is given, and bytes .* token 256; leave it out"):
+        TokenizerChoice.parse("bytes", "<eos>")
 
 
 def test_ids_with_holes_need_as_many_rows_as_the_highest(tmp_path: Path) -> None:
@@ -135,13 +151,49 @@ def test_file_that_is_not_there_is_refused(name: str) -> None:
         load_tokenizer(name)
 
 
-def test_name_that_the_hub_does_not_give_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(name: str) -> None:
+def test_name_that_the_hub_does_not_give_is_tried_once_and_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    num_tries = 0
+
+    def fail(*_: object, **__: object) -> None:
+        nonlocal num_tries
+        num_tries += 1
+        logging.getLogger("huggingface_hub.utils").warning("once more")
         raise RuntimeError("no network\ndetails")
 
-    monkeypatch.setattr(Tokenizer, "from_pretrained", staticmethod(fail))
-    with pytest.raises(DataError, match=r"org/model is no file here, .*hub \(no network\); check"):
-        load_tokenizer("org/model")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    with pytest.raises(
+        DataError, match=r"tokenizer\.path=no/model is no file here, .*hub \(no network\); check"
+    ):
+        load_tokenizer("no/model")
+    with pytest.raises(DataError, match=r"--tokenizer=byte is no .*, or give bytes, bpe:SIZE or a"):
+        load_tokenizer("byte", "--tokenizer")
+    assert num_tries == 2
+    assert "once more" not in caplog.text
+
+
+def test_name_without_the_hub_is_what_was_fetched_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: str
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(trained)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no network")
+
+    def fetched(name: str, file: str, *, local_files_only: bool) -> str:
+        assert (name, file, local_files_only) == ("org/model", "tokenizer.json", True)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetched)
+    assert load_tokenizer("org/model") == trained
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(
+        Tokenizer, "from_pretrained", staticmethod(lambda _: Tokenizer.from_str(trained))
+    )
+    assert load_tokenizer("org/model") == trained
 
 
 def test_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
