@@ -1,7 +1,7 @@
 """Trimtab's own data layer, put together as `train.assembly` does, in this process.
 
-`ReadAhead` over `SampleStream`, sixteen batches ahead, tokens held against the vocabulary. Nothing of
-torch is imported, as the data layer needs none.
+`ReadAhead` over `SampleStream`, sixteen batches ahead, tokens held against the vocabulary.
+Nothing of torch is imported, as the data layer needs none.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -35,6 +36,7 @@ _MAX_CUT_TRIALS = 64
 # Enough to see the first record of a JSON text.
 _JSON_HEAD_CHARACTERS = 2**16
 _MAX_NAMED_FIELDS = 5
+_COUNTED_REPLACE = "trimtab.counted_replace"
 
 
 class _Replacements:
@@ -49,9 +51,12 @@ class _Replacements:
         return "\N{REPLACEMENT CHARACTER}", error.end
 
 
-_REPLACEMENTS = _Replacements()
-_COUNTED_REPLACE = "trimtab.counted_replace"
-codecs.register_error(_COUNTED_REPLACE, _REPLACEMENTS)
+@cache
+def _replacements() -> _Replacements:
+    """Return the one of this process, known to codecs as `_COUNTED_REPLACE` from then on."""
+    replacements = _Replacements()
+    codecs.register_error(_COUNTED_REPLACE, replacements)
+    return replacements
 
 
 class Piece(NamedTuple):
@@ -321,9 +326,10 @@ def no_text(line: int, recipe: Recipe, fields: Iterable[str] = ()) -> BadRecord:
 def _text_pieces(stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Position) -> Records:
     """Yield one document: a whole file, in pieces."""
     most = recipe.piece_characters
+    replacements = _replacements()
+    before = replacements.count
     with io.TextIOWrapper(stream, encoding="utf-8-sig", errors=_COUNTED_REPLACE) as text:
         ready = ""
-        before = _REPLACEMENTS.count
         is_end = False
         while not is_end:
             wanted = most + 1 - len(ready)
@@ -337,6 +343,6 @@ def _text_pieces(stream: BinaryIO, raw: BinaryIO, recipe: Recipe, position: Posi
             ready += more
             if not is_end:
                 place = cut_place(ready[:most])
-                yield Piece(0, ready[:place], False, _REPLACEMENTS.count > before)
+                yield Piece(0, ready[:place], False, replacements.count > before)
                 ready = ready[place:]
-        yield Piece(0, ready, True, _REPLACEMENTS.count > before)
+        yield Piece(0, ready, True, replacements.count > before)

@@ -241,6 +241,8 @@ def test_interrupt_while_it_is_imported_is_one_line(tmp_path: Path) -> None:
     package = tmp_path / "train" / "data" / "prepare"
     package.mkdir(parents=True)
     (package / "command.py").write_text("raise KeyboardInterrupt")
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
     entry = tmp_path / "train" / "prepare.py"
     entry.write_text((ROOT / "train" / "prepare.py").read_text())
     done = subprocess.run([sys.executable, str(entry)], capture_output=True, text=True, check=False)

@@ -517,8 +517,8 @@ def test_corpus_without_text_says_which_records_could_not_be_read(
     with pytest.raises(
         DataError,
         match=r"1 files hold no text; 121 records could not be read, the first: "
-        r".*a\.jsonl: line 1 has no text under 'text', but under body; .*: line 3 has no text .*; "
-        r".*: line 4 is not JSON .*; set data\.text_key",
+        r".*a\.jsonl: line 1 has no text under 'text', but under body; .*: line 2 has no text .*; "
+        r".*: line 3 is not JSON .*; set data\.text_key",
     ):
         run(wrong)
     # The folder is as it was, so the right settings need no --overwrite.
