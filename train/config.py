@@ -7,7 +7,7 @@ process group, folder or tensor is made. Imports no torch.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -18,12 +18,17 @@ from pydantic import TypeAdapter, ValidationError
 from launch.cluster import problems as cluster_problems
 from train.amounts import AmountUnit
 from train.data.checks import data_problems
-from train.data.settings import TokenizerKind
+from train.data.settings import SourceSettings, StageSettings, TokenizerKind
 from train.engines.deepspeed_keys import OWNED_KEYS, TOP_LEVEL_KEYS
 from train.errors import ConfigError
 from train.recovery.policy import LISTED_RUNGS, Rule
 from train.settings import ChaosKind, Decay, Device, EngineKind, RunConfig, Veto
 
+# Of what a user names or numbers, one after the other: the keys below each.
+_NAMED_SETTINGS: dict[tuple[str, ...], Any] = {
+    ("data", "sources"): SourceSettings,
+    ("data", "stages"): StageSettings,
+}
 _CALLBACKS = Path(__file__).parent / "callbacks"
 
 # Keys that may differ when a run is taken up again: they do not change what is learnt.
@@ -93,7 +98,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(path)
     found = error["input"]
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        close = _did_you_mean(key)
+        close = _did_you_mean(path)
         hint = f"did you mean {close}?" if close else "remove it (`--cfg job` lists all keys)"
         return f"{key}={found!r}: unknown key; {hint}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
@@ -107,8 +112,12 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"{key}={found!r}: should be {expected.removeprefix('expected ')}"
 
 
-def _did_you_mean(key: str) -> str | None:
-    last = key.rsplit(".", 1)[-1]
+def _did_you_mean(path: Sequence[str]) -> str | None:
+    key, last = ".".join(path), path[-1]
+    if named := _NAMED_SETTINGS.get(tuple(path[:2])):
+        names = [field.name for field in fields(named)]
+        close = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
+        return ".".join([*path[:-1], close[0]]) if close else None
     groups = [field.name for field in fields(RunConfig)]
     matches = difflib.get_close_matches(key, [*known_keys(), *groups], n=1, cutoff=0.6)
     if matches:

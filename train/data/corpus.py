@@ -82,6 +82,11 @@ def open_sources(data: DataSettings, tokenizer: TokenizerSettings) -> dict[str, 
                 cache = ShardCache(folder, max_bytes=data.cache_bytes)
                 corpora[name] = open_corpus(source.paths, dtype=data.token_dtype, cache=cache)
     _check_tokenizers(corpora, texts)
+    if tokenizer.kind is TokenizerKind.FILE and not texts:
+        logger.warning(
+            "tokenizer.path=%s is not used: it is for text, and every source is tokens already",
+            tokenizer.path,
+        )
     return corpora
 
 

@@ -29,6 +29,9 @@ _SUFFIXES = (".bin", ".idx", ".npy")
 _INTEGERS = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "int64")
 _RAW_DTYPE = "uint16"
 _END_BYTES = 65_536
+# Upper halves of ids are below 16 in vocabularies of up to a million; so many show that they are.
+_HIGH_HALF_BELOW = 16
+_HALVES_TOLD = 64
 
 # Source: llm.c, dev/data/data_common.py (HEADERS_INFO): magic, version and dtype; 256 int32 in all,
 # the third of which is the number of tokens.
@@ -156,7 +159,19 @@ def _look_at(address: str, dtype: str | None) -> _TokenFile:
     magic, version, num_tokens = struct.unpack("<3i", head[:12].ljust(12, b"\0"))
     if len(head) == _LLM_C_HEADER_BYTES and magic in _LLM_C:
         return _llm_c_file(address, num_bytes, magic, version, num_tokens)
+    if dtype is None and _looks_like_32_bits(head):
+        raise DataError(
+            f"{address} seems to hold 32-bit tokens, every second 16-bit number at its begin being "
+            "(nearly) 0; set data.token_dtype=uint32, or uint16 if it is as it should be"
+        )
     return _raw_file(address, num_bytes, dtype or _RAW_DTYPE)
+
+
+def _looks_like_32_bits(head: bytes) -> bool:
+    """Return whether 16-bit numbers look like lower and upper halves, of which one is near 0."""
+    numbers = np.frombuffer(head[: len(head) // 4 * 4], dtype="<u2")
+    low, high = numbers[::2], numbers[1::2]
+    return len(high) >= _HALVES_TOLD and bool(high.max() < _HIGH_HALF_BELOW <= low.max())
 
 
 def _raw_file(address: str, num_bytes: int, dtype: str) -> _TokenFile:

@@ -177,6 +177,22 @@ def test_known_key_in_the_wrong_group_is_found(problems_of: Problems) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("+data.sources.a={paths: x, wieght: 1}", "did you mean data.sources.a.weight?"),
+        ("+data.sources.a={paths: x, zzz: 1}", "remove it (`--cfg job` lists all keys)"),
+        ("data.stages=[{start: 1B tokens, weigths: {a: 1}, weights: {a: 1}}]", "weights?"),
+    ],
+)
+def test_misspelt_key_of_a_source_or_stage_is_found_beside_it(
+    problems_of: Problems, override: str, hint: str
+) -> None:
+    (problem,) = problems_of(override)
+    assert problem.endswith(hint)
+    assert "unknown key" in problem
+
+
 def test_unknown_group_is_refused(problems_of: Problems) -> None:
     assert problems_of("+typo=3") == (
         "typo=3: unknown key; remove it (`--cfg job` lists all keys)",

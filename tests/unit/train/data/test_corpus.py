@@ -393,6 +393,14 @@ def test_tokens_and_text_in_one_source_are_refused(tmp_path: Path) -> None:
         prepare(data(tmp_path, folder, write(tmp_path / "a.txt", "x")), BYTES)
 
 
+def test_tokenizer_that_nothing_uses_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = TokenizerSettings(kind=TokenizerKind.FILE, path="other.json", vocab_size=300)
+    prepare(data(tmp_path, prepared_folder(tmp_path)), other)
+    assert "tokenizer.path=other.json is not used: it is for text" in caplog.text
+
+
 def test_error_names_the_source_if_there_are_several(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"source web: data\.paths: .*gone\.txt cannot be found"):
         open_sources(mixture(tmp_path, web=tmp_path / "gone.txt"), BYTES)

@@ -277,6 +277,22 @@ def test_raw_file_holds_tokens_and_nothing_else(tmp_path: Path, dtype: str | Non
     assert not TokenStore(corpus, corpus.train).has_documents
 
 
+@pytest.mark.parametrize("highest", [1_000, 1_000_000])
+def test_raw_file_of_32_bits_is_not_read_as_one_of_16(tmp_path: Path, highest: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, highest, 500, dtype=np.uint32)
+    tokens.tofile(tmp_path / "a.bin")
+    with pytest.raises(DataError, match=r"a\.bin seems to hold 32-bit .*data\.token_dtype=uint32"):
+        opened(tmp_path / "a.bin")
+    assert tokens_of(opened(tmp_path / "a.bin", "uint32")) == tokens.tolist()
+    assert opened(tmp_path / "a.bin", "uint16").train.num_tokens == 1_000
+
+
+@pytest.mark.parametrize("tokens", [[0] * 1_000, [1, 0] * 500, [300, 17] * 500, [900, 0] * 20])
+def test_raw_file_of_few_or_small_numbers_is_read(tmp_path: Path, tokens: list[int]) -> None:
+    np.array(tokens, dtype=np.uint16).tofile(tmp_path / "a.bin")
+    assert tokens_of(opened(tmp_path / "a.bin")) == tokens
+
+
 def test_glob_and_list_of_files_are_the_shards_of_one_corpus(tmp_path: Path) -> None:
     for number in range(3):
         np.arange(number * 10, number * 10 + 10, dtype=np.uint16).tofile(tmp_path / f"{number}.bin")
