@@ -176,7 +176,9 @@ def _looks_like_32_bits(head: bytes) -> bool:
 
 def _raw_file(address: str, num_bytes: int, dtype: str) -> _TokenFile:
     item_bytes = np.dtype(dtype).itemsize
-    if num_bytes % item_bytes or not num_bytes:
+    if not num_bytes:
+        raise DataError(f"{address} is empty; copy it again, or take it out of data.paths")
+    if num_bytes % item_bytes:
         raise DataError(
             f"{address} has {num_bytes:,} bytes, which is no whole number of {dtype} tokens; copy "
             "it again whole, or set data.token_dtype to what it holds"

@@ -81,10 +81,11 @@ def rational_shares(weights: tuple[float | Fraction, ...]) -> Shares:
     )
     if not is_usable.any():
         smallest = min(share for share in shares if share > 0)
+        given = ", ".join(f"{float(weight):g}" for weight in weights)
         raise DataError(
-            f"of weights {', '.join(map(str, weights))} the smallest is {float(smallest):.2g} of "
-            f"the whole, which is none in fractions of at most {MAX_DENOMINATOR}; raise it, or set "
-            "it to 0 (data.sources.NAME.weight, data.stages)"
+            f"of weights {given} the smallest is {float(smallest):.2g} of the whole, which is none "
+            f"in fractions of at most {MAX_DENOMINATOR}; raise it, or set it to 0 "
+            "(data.sources.NAME.weight, data.stages)"
         )
     errors = np.where(is_usable, errors, np.inf)
     best = int(np.flatnonzero(errors <= errors.min() + _SAME)[0])

@@ -315,10 +315,12 @@ def test_prepared_folder_among_others_is_refused(tmp_path: Path) -> None:
         open_corpus(paths, dtype=None, cache=None)
 
 
-@pytest.mark.parametrize("num_bytes", [0, 199])
-def test_raw_file_of_half_a_token_is_refused(tmp_path: Path, num_bytes: int) -> None:
+@pytest.mark.parametrize(
+    ("num_bytes", "what"), [(0, "is empty"), (199, "has 199 bytes, which is no whole number")]
+)
+def test_raw_file_of_half_a_token_is_refused(tmp_path: Path, num_bytes: int, what: str) -> None:
     (tmp_path / "a.bin").write_bytes(b"x" * num_bytes)
-    with pytest.raises(DataError, match=f"a.bin has {num_bytes} bytes, which is no whole number"):
+    with pytest.raises(DataError, match=f"a.bin {what}"):
         opened(tmp_path / "a.bin")
 
 
