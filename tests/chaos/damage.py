@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,9 +14,15 @@ MANIFEST = "manifest.json"
 TORN_LINE = b'{"step": 21, "cursor": 3'
 
 
-def newest_whole(checkpoints: list[Path]) -> Path:
-    """Return the newest checkpoint that has a manifest."""
-    return [path for path in checkpoints if (path / MANIFEST).exists()][-1]
+def whole(checkpoints: list[Path]) -> list[Path]:
+    """Return the checkpoints that have a manifest, in the same order."""
+    return [path for path in checkpoints if (path / MANIFEST).exists()]
+
+
+def is_good(checkpoint: Path) -> bool:
+    """Return True if the run calls it good."""
+    health = json.loads((checkpoint / "health.json").read_text())["health"]
+    return bool(health == "good")
 
 
 def largest_file(checkpoint: Path) -> Path:

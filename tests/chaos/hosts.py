@@ -29,17 +29,17 @@ class Hosts:
     two: str
     switch: str
 
-    @property
-    def address(self) -> str:
-        """Where host one listens."""
-        return f"{NETWORK}.1"
-
     def places(self) -> dict[str, Place]:
         """Return how to start a command on each host."""
         return {
             name: Place(
                 prefix=("ip", "netns", "exec", name),
-                launcher=("--local-addr", f"{NETWORK}.{number}"),
+                launcher=(
+                    *("--rdzv-backend=c10d", f"--rdzv-endpoint={NETWORK}.1:29400"),
+                    # Which host keeps the rendezvous cannot be told by names that none resolves.
+                    f"--rdzv-conf=is_host={number == 1},last_call_timeout=5,read_timeout=20",
+                    *("--local-addr", f"{NETWORK}.{number}"),
+                ),
             )
             for number, name in enumerate((self.one, self.two), start=1)
         }

@@ -99,5 +99,6 @@ def tell(scene: Scene) -> str:
         parts.append(f"{by} started it again, from step {steps} (struck at {scene.step_struck})")
     said = [words for words in scene.spoken() if words]
     if said:
-        parts.append(f'"{said[0][:_MAX_WORDS]}"')
+        words = said[0].replace(str(scene.folder), "RUN")
+        parts.append(f'"{words[:_MAX_WORDS]}"')
     return "; ".join(parts) or "went on as if nothing had been"

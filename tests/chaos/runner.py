@@ -201,10 +201,11 @@ class Scene:
         self.recovered = None
 
     def kill(self, *, rank: int | None = None, with_launcher: bool = False) -> None:
-        """SIGKILL to one rank or to all, and first of all to their launcher."""
-        pids = list(self.ranks.values()) if rank is None else [self.ranks[rank]]
-        launchers = [launch.pid for launch in self.launches.values()] if with_launcher else []
-        send(signal.SIGKILL, *launchers, *pids)
+        """SIGKILL to one rank or to all of them; with their launcher, until nothing lives."""
+        if with_launcher:
+            self.close()
+        else:
+            send(signal.SIGKILL, *([self.ranks[rank]] if rank is not None else self.ranks.values()))
 
     def await_ends(self, seconds: float = ORPHAN_SECONDS) -> None:
         """Return when nothing of the run lives; what outlives its launcher is a problem."""
@@ -359,7 +360,7 @@ def digest(checkpoint: Path) -> str:
         if isinstance(node, torch.Tensor):
             num_tensors += 1
             hashed.update(f"{prefix} {node.dtype} {tuple(node.shape)}".encode())
-            hashed.update(node.contiguous().view(torch.uint8).numpy().tobytes())
+            hashed.update(node.reshape(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(node, dict):
             for key in sorted(node, key=str):
                 walk(f"{prefix}/{key}", node[key])

@@ -11,7 +11,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import damage
@@ -22,27 +22,18 @@ from .runner import Scene
 STRIKE_STEP = 95  # fifteen steps behind a checkpoint
 INTERVAL_STEPS = 20
 MEANWHILE_SECONDS = 8.0
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
 HOST_TOOLS = ("ip",)
 
 SINGLE = Recipe(name="single", num_ranks=1, is_launched=False)
 DDP = Recipe(name="ddp, 2 ranks")
 SHORT_TIMEOUT = Recipe(name="ddp, 2 ranks").with_arguments("engine.timeout_seconds=8")
-_RENDEZVOUS = (
-    "--rdzv-backend=c10d",
-    "--rdzv-endpoint=10.94.7.1:29400",
-    "--rdzv-id=chaos",
-    "--rdzv-conf=last_call_timeout=5,read_timeout=20",
-)
 TWO_HOSTS = Recipe(
-    name="ddp, 2 hosts", num_hosts=2, rendezvous=("--nnodes=2", *_RENDEZVOUS), max_restarts=10
+    name="ddp, 2 hosts", num_hosts=2, rendezvous=("--nnodes=2", "--rdzv-id=chaos"), max_restarts=10
 )
-TWO_HOSTS_SHORT = Recipe(
-    name="ddp, 2 hosts",
-    num_hosts=2,
-    rendezvous=("--nnodes=1:2", *_RENDEZVOUS),
-    max_restarts=10,
-).with_arguments("engine.timeout_seconds=8", "run.steps=800")
+ELASTIC = replace(TWO_HOSTS, rendezvous=("--nnodes=1:2", "--rdzv-id=chaos")).with_arguments(
+    "engine.timeout_seconds=8", "run.steps=800"
+)
 OVER_THE_NETWORK = {
     "GLOO_SOCKET_IFNAME": "eth0",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # without it, torch 2.13 cannot take a host back
@@ -190,9 +181,8 @@ def _damaged(damages: Callable[[Path], str]) -> Act:
     def act(scene: Scene) -> None:
         scene.reach(STRIKE_STEP)
         scene.kill(with_launcher=True)
-        scene.await_ends()
         scene.strike(shows_in_words=True)
-        newest = damage.newest_whole(scene.checkpoints)
+        newest = damage.whole(scene.checkpoints)[-1]
         scene.notes.append(f"{damages(newest)} of step {int(newest.name[5:13])}")
         scene.start()
         scene.finish()
@@ -313,7 +303,7 @@ SCENARIOS = (
         name="node_cut_off",
         done="the cable of host 2 out for 30 s, and in again",
         act=cut_off_host,
-        recipe=TWO_HOSTS_SHORT,
+        recipe=ELASTIC,
         build=on_two_hosts,
         needs=HOST_TOOLS,
         is_bit_equal=False,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from .play import References, judge
 from .processes import Recipe, send
 from .runner import POLL_SECONDS, NotRecoveredError, Result, Scene
 
+IN_START = "kill -9 in a start"
 SECONDS_A_FAULT = 60.0
-START_SECONDS = 4.0
+START_SECONDS = 6.0
+FROZEN_SECONDS = 1.0
 MAX_STEPS_BETWEEN = 6
 # About 10 ms a step: starting takes most of the time. A stretch of its data is foreign, so that
 # some of the blows fall on a recovery.
@@ -35,11 +38,12 @@ TINY = (
     "checkpoint.good_after_steps=3",
     "recovery.skip=10 batches",
     "recovery.margin=0 batches",
+    "recovery.threshold_sigma=4",  # 256 tokens a step are few to know the noise from
     "recovery.step_scale=1",
     "recovery.token_scale=1",
     "chaos=bad_data",
     "chaos.start=60 batches",
-    "chaos.length=4 batches",
+    "chaos.length=8 batches",
 )
 
 
@@ -92,37 +96,39 @@ def _kill_all(soak: Soak) -> None:
     soak.kill()
 
 
-def _kill_in_start(soak: Soak) -> None:
-    soak.kill()
-    time.sleep(soak.dice.uniform(0.05, START_SECONDS))
-    soak.scene.poll(is_thorough=True)
-    soak.kill()
-
-
 def _kill_in_save(soak: Soak) -> None:
     """Wait for the next save to begin, for a few steps at most."""
     folder, until = soak.scene.folder / "checkpoints", time.monotonic() + 2.0
     while time.monotonic() < until and not any(folder.glob(".saving-*")):
-        pass
+        time.sleep(0.001)
     time.sleep(soak.dice.uniform(0.0, 0.02))
     soak.kill()
+
+
+def _freeze(soak: Soak) -> None:
+    """SIGSTOP to all ranks, and SIGCONT a little later."""
+    pids = list(soak.scene.ranks.values())
+    send(signal.SIGSTOP, *pids)
+    time.sleep(soak.dice.uniform(0.0, FROZEN_SECONDS))
+    send(signal.SIGCONT, *pids)
 
 
 def _end(soak: Soak) -> None:
     """SIGTERM, and however long it takes."""
     send(signal.SIGTERM, soak.scene.launch.pid)
-    soak.scene.launch.process.wait(timeout=SECONDS_A_FAULT)
+    try:
+        soak.scene.launch.process.wait(timeout=SECONDS_A_FAULT)
+    except subprocess.TimeoutExpired as error:
+        raise NotRecoveredError("no end a minute after SIGTERM") from error
     soak.start_again()
 
 
 def _damaged(damages: Callable[[Path], object]) -> Fault:
     def act(soak: Soak) -> None:
         soak.scene.kill(with_launcher=True)
-        soak.scene.await_ends()
-        # The first state stays: behind it, there is nothing to go back to.
-        whole = [c for c in soak.scene.checkpoints[1:] if (c / damage.MANIFEST).exists()]
-        if whole:
-            damages(whole[-1])
+        *older, newest = damage.whole(soak.scene.checkpoints)
+        if any(damage.is_good(checkpoint) for checkpoint in older):  # one to go back to
+            damages(newest)
         soak.start_again()
 
     return act
@@ -131,7 +137,6 @@ def _damaged(damages: Callable[[Path], object]) -> Fault:
 def _torn(name: str) -> Fault:
     def act(soak: Soak) -> None:
         soak.scene.kill(with_launcher=True)
-        soak.scene.await_ends()
         damage.tear_line(soak.scene.folder / name)
         soak.start_again()
 
@@ -155,9 +160,10 @@ def _kill_launcher(soak: Soak) -> None:
 
 FAULTS: dict[str, Fault] = {
     "kill -9 of all": _kill_all,
-    "kill -9 in the start": _kill_in_start,
+    IN_START: _kill_all,
     "kill -9 in a save": _kill_in_save,
     "SIGTERM": _end,
+    "frozen a while": _freeze,
     "byte flipped": _damaged(damage.flip_byte),
     "shard cut": _damaged(damage.truncate_shard),
     "manifest gone": _damaged(damage.remove_manifest),
@@ -208,7 +214,10 @@ def soak(
         scene.start()
         for number in range(num_faults):
             kind = under_fire.dice.choice(sorted(faults))
-            under_fire.advance(under_fire.dice.randint(1, MAX_STEPS_BETWEEN))
+            if kind == IN_START:
+                time.sleep(under_fire.dice.uniform(0.05, START_SECONDS))
+            else:
+                under_fire.advance(under_fire.dice.randint(1, MAX_STEPS_BETWEEN))
             tell(f"fault {number + 1} of {num_faults}: {kind}, step {scene.step}")
             faults[kind](under_fire)
             under_fire.done[kind] += 1
