@@ -25,19 +25,21 @@ from .scenarios import SCENARIOS
 from .soak import soak
 
 NUM_SOAK_FAULTS = {"soak_single": 200, "soak_ddp": 40}
-NUM_QUICK_FAULTS = 6
+NUM_QUICK_FAULTS, QUICK_STEPS = 6, 160
 Play = Callable[[Path, References, Callable[[str], None]], Result]
 
 
 def plays(options: argparse.Namespace) -> dict[str, Play]:
     """Return what there is to play, by name, in the order of the table."""
     seed = options.seed if options.seed is not None else random.SystemRandom().randrange(2**32)
+    scenarios = SCENARIOS
+    if options.quick:
+        scenarios = tuple(one.shorter(QUICK_STEPS) for one in SCENARIOS if one.is_quick)
     every: dict[str, Play] = {
         scenario.name: lambda work, references, tell, scenario=scenario: play(
             scenario, work, references
         )
-        for scenario in SCENARIOS
-        if scenario.is_quick or not options.quick
+        for scenario in scenarios
     }
     for num_ranks, name in ((1, "soak_single"), (2, "soak_ddp")):
         if options.quick and num_ranks > 1:
@@ -82,8 +84,9 @@ def machine() -> str:
     """Return what the figures were made on."""
     import torch
 
-    cores = os.cpu_count()
-    return f"{cores} cores, {platform.system()} {platform.release()}, torch {torch.__version__}"
+    system = f"{platform.system()} {platform.release().partition('-')[0]}"
+    load = f"load average {os.getloadavg()[2]:.0f}"
+    return f"{os.cpu_count()} cores ({load}), {system}, torch {torch.__version__}"
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ not there is skipped, and says what it needs.
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -65,6 +66,10 @@ class Scenario:
     is_quick: bool = False
     is_bit_equal: bool = True
     max_steps_lost: int = INTERVAL_STEPS
+
+    def shorter(self, num_steps: int) -> Scenario:
+        """Return the same fault in a run of so many steps."""
+        return replace(self, recipe=self.recipe.with_arguments(f"run.steps={num_steps}"))
 
     def missing(self) -> str:
         """Return what is not installed and how to get it; empty if nothing is missing."""
@@ -201,6 +206,8 @@ def _set_clock(offset: str) -> Act:
         scene.strike()
         (scene.folder.parent / f"{scene.folder.name}.clock").write_text(f"{offset}\n")
         scene.finish()
+        counted = json.loads((scene.folder / "summary.json").read_text())["wall_seconds"]
+        scene.notes.append(f"its summary counts {counted:,.0f} s")
 
     return act
 
