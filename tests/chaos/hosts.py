@@ -37,7 +37,7 @@ class Hosts:
                 launcher=(
                     *("--rdzv-backend=c10d", f"--rdzv-endpoint={NETWORK}.1:29400"),
                     # Which host keeps the rendezvous cannot be told by names that none resolves.
-                    f"--rdzv-conf=is_host={number == 1},last_call_timeout=5,read_timeout=20",
+                    f"--rdzv-conf=is_host={number == 1},last_call_timeout=5",
                     *("--local-addr", f"{NETWORK}.{number}"),
                 ),
             )

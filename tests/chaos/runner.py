@@ -220,9 +220,10 @@ class Scene:
         """Watch to the end; a command that fails is started again, as a scheduler would."""
         while True:
             self.poll()
+            is_complete = self.is_complete
             for name, launch in self.launches.items():
                 code = launch.exit_code
-                if code in (None, 0):
+                if code in (None, 0) or (is_complete and len(self.launches) > 1):
                     continue
                 if self.num_commands >= MAX_COMMANDS:
                     raise NotRecoveredError(f"exit code {code} again: {self.last_words()}")
@@ -232,8 +233,9 @@ class Scene:
                 self.notes.append(f"exit code {code}, started again")
                 self.start(name)
                 break
-            if all(launch.exit_code == 0 for launch in self.launches.values()):
-                break
+            codes = [launch.exit_code for launch in self.launches.values()]
+            if set(codes) == {0} or (0 in codes and self.is_complete):
+                break  # a host that comes late to a run that is complete is not waited for
             self._check_deadline("its end")
             time.sleep(POLL_SECONDS)
         self.poll(is_thorough=True)

@@ -33,7 +33,7 @@ TWO_HOSTS = Recipe(
     name="ddp, 2 hosts", num_hosts=2, rendezvous=("--nnodes=2", "--rdzv-id=chaos"), max_restarts=10
 )
 ELASTIC = replace(TWO_HOSTS, rendezvous=("--nnodes=1:2", "--rdzv-id=chaos")).with_arguments(
-    "engine.timeout_seconds=8", "run.steps=800"
+    "engine.timeout_seconds=8", "run.steps=1600"
 )
 OVER_THE_NETWORK = {
     "GLOO_SOCKET_IFNAME": "eth0",
