@@ -162,8 +162,21 @@ def write_tokenizer(choice: TokenizerChoice, path: Path, texts: Iterable[str]) -
                 raise _no_separator(choice, tokenizer)
             tokenizer.add_special_tokens([separator])
             content = tokenizer.to_str(pretty=True)
+        elif _is_of_text(separator, tokenizer):
+            raise DataError(
+                f"--separator (tokenizer.separator)={separator} is an ordinary token of "
+                f"{choice.option}={choice.path}, which text has too, so documents could not be "
+                "told apart; give a special token"
+            )
     path.write_text(content, encoding="utf-8")
     return separator
+
+
+def _is_of_text(separator: str, tokenizer: Tokenizer) -> bool:
+    """Return whether plain text can become the separator."""
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    encoded = tokenizer.encode(separator, add_special_tokens=False).ids
+    return separator not in added and tokenizer.token_to_id(separator) in encoded
 
 
 def _no_separator(choice: TokenizerChoice, tokenizer: Tokenizer) -> DataError:

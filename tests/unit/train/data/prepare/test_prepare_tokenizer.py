@@ -129,6 +129,11 @@ def test_separator_that_the_tokenizer_lacks_is_refused_with_those_near_it(tmp_pa
         encoder_of(tmp_path, word_tokenizer(), "cats")
 
 
+def test_separator_that_text_has_too_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"=cat is an ordinary token of tokenizer\.path=.*given"):
+        encoder_of(tmp_path, word_tokenizer("</s>"), "cat")
+
+
 def test_separator_of_bytes_is_refused() -> None:
     with pytest.raises(DataError, match=r"=<eos> is given, and bytes .* token 256; leave it out"):
         TokenizerChoice.parse("bytes", "<eos>")
