@@ -174,9 +174,10 @@ def write_tokenizer(choice: TokenizerChoice, path: Path, texts: Iterable[str]) -
 
 def _is_of_text(separator: str, tokenizer: Tokenizer) -> bool:
     """Return whether plain text can become the separator."""
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    special = {token.content for token in tokens if token.special}
     encoded = tokenizer.encode(separator, add_special_tokens=False).ids
-    return separator not in added and tokenizer.token_to_id(separator) in encoded
+    return separator not in special and tokenizer.token_to_id(separator) in encoded
 
 
 def _no_separator(choice: TokenizerChoice, tokenizer: Tokenizer) -> DataError:
