@@ -184,8 +184,6 @@ def _no_separator(choice: TokenizerChoice, tokenizer: Tokenizer) -> DataError:
     wanted = str(choice.separator)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     near = get_close_matches(wanted, special, cutoff=0.0)
-    near += get_close_matches(wanted, tokenizer.get_vocab(with_added_tokens=False), cutoff=0.6)
-    near = list(dict.fromkeys(near))
     return DataError(
         f"--separator (tokenizer.separator)={wanted}: {choice.option}={choice.path} has no such "
         f"token; give one that it has{', such as ' if near else ''}{', '.join(near)}"
