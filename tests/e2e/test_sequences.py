@@ -169,6 +169,7 @@ def test_kill_in_the_save_amid_a_spike_leaves_the_same_recovery(tmp_path: Path) 
 
 def test_checkpoint_saved_amid_a_spike_is_never_loaded(tmp_path: Path) -> None:
     arguments = (*TINY, "recovery.persistence_steps=3", *BAD_DATA, "chaos.start=19 batches")
+    arguments = (*arguments, "checkpoint.is_async=false")  # it has landed when the run is killed
     folder, samples = tmp_path / "run", tmp_path / "samples"
     run(arguments, folder, fault=Fault(samples=samples, kill_at="after_done")).expect(-9)
     (incident,) = incidents(folder)

@@ -1,7 +1,8 @@
 """One checkpoint's way to the disk: written, sealed, published, and tried again if that failed.
 
+    scan    for numbers that are not finite: then it is quarantined from the start
     write   the engine's files, into a folder of another name
-    seal    fsync and SHA-256, each rank its share; a scan for numbers that are not finite
+    seal    fsync and SHA-256, each rank its share
     publish state.json, health.json, manifest.json last; then the folder gets its name
 
 A folder that has its name is whole. `CheckpointWriter` does this in whichever thread calls it, over
@@ -116,31 +117,31 @@ class CheckpointWriter:
         """Write it once. Raises: CheckpointError on all ranks; what was written is removed."""
         temporary = self._folder / f".saving-{draft.name}"
         failure: str | None = None
+        is_finite = True
         try:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir()
-        except OSError as error:
+            is_finite = draft.pending.is_finite()  # this waits for the copy, which may have failed
+        except Exception as error:  # noqa: BLE001 - a device may say so as anything
             failure = str(error)
-        self._agree(failure, temporary)
+        everywhere = self._agree(failure, temporary, is_finite)
+        broken = [rank for rank, is_finite in enumerate(everywhere) if not is_finite]
         try:
             draft.pending.write(temporary, self._world)
         except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
             failure = f"{type(error).__name__}: {_last_line(error)}"
         self._agree(failure, temporary)  # all parts are there: what is missing below is an error
         files: dict[str, dict[str, object]] = {}
-        is_finite = True
         try:
-            is_finite = draft.pending.is_finite()
             files = self._seal(temporary)
-        except Exception as error:  # noqa: BLE001 - a device may fail in the scan
+        except OSError as error:
             failure = str(error)
-        parts = self._agree(failure, temporary, (is_finite, files))
+        parts = self._agree(failure, temporary, files)
         info: CheckpointInfo | None = None
         try:
             if self._world.is_main:
-                merged = {name: entry for _, part in parts for name, entry in part.items()}
-                broken = [rank for rank, (is_finite, _) in enumerate(parts) if not is_finite]
+                merged = {name: entry for part in parts for name, entry in part.items()}
                 info = self._publish(temporary, draft, merged, broken)
         except OSError as error:
             failure = str(error)

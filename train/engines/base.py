@@ -31,7 +31,10 @@ class PendingWrite(Protocol):
         """
 
     def is_finite(self) -> bool:
-        """True if no number of this rank's part is NaN or infinite, as far as that can be known."""
+        """True if no number of this rank's part is NaN or infinite, as far as that can be known.
+
+        Waits for the copy. Raises: whatever the copy failed with.
+        """
 
 
 class Engine(Protocol):

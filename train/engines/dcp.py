@@ -42,7 +42,7 @@ class DcpWrite:
         from torch.distributed.checkpoint.state_dict_saver import save
 
         if self._staged is not None:
-            self._staged.checksums()  # the copy is done; raises if it failed
+            self._staged.wait()
         # One thread: torch 2.13 loses the exceptions of further ones, and with them a full disk.
         writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
         with catchable():
