@@ -149,6 +149,8 @@ def measure(shape: str, num_ranks: int, options: argparse.Namespace) -> dict[str
     sync = median(save["seconds"] for save in at_once)
     stall = median(save["seconds"] + save["copy"] for save in beside)
     background = median(save["background_seconds"] for save in beside)
+    if not without:
+        raise RuntimeError("a save was always under way: give a larger --interval")
     normal = median(without)
     ratio = median(during) / normal if during else None
     spare_cores = len(os.sched_getaffinity(0)) - num_ranks
@@ -196,8 +198,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: 200M")
     parser.add_argument("--ranks", type=int, action="append", help="default: 1 and 2")
-    parser.add_argument("--steps", type=int, default=41)
-    parser.add_argument("--interval", type=int, default=10, help="steps between saves")
+    parser.add_argument("--steps", type=int, default=61)
+    parser.add_argument("--interval", type=int, default=20, help="steps between saves")
     parser.add_argument("--samples", type=int, default=1, help="samples of 64 tokens a rank")
     parser.add_argument("--dir", help="where the checkpoints go; default: the temporary folder")
     parser.add_argument("overrides", nargs="*")

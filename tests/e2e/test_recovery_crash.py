@@ -205,7 +205,8 @@ def test_undecided_rewind_to_memory_is_decided_again_from_what_is_left(
 ) -> None:
     """Nothing was decided when memory was lost: the checkpoint on disk is the target now."""
     folder = tmp_path / "run"
-    arguments = (*FROM_MEMORY, "recovery.skip=15 batches")  # from step 10, ten are too few
+    # From step 10, ten batches are too few. The checkpoint of step 20 is there to go on from.
+    arguments = (*FROM_MEMORY, "recovery.skip=15 batches", "checkpoint.is_async=false")
     kill_at(arguments, folder, "before_intent")
     finish(arguments, folder)
     (incident,) = incidents(folder)

@@ -97,8 +97,11 @@ class Rewinder:
             target_checkpoint=action.target,
             target_step=action.target_step,
             skip=(skip.start, skip.stop),
+            # Those of earlier rewinds are in their records, whether they are still there or not.
             quarantine=tuple(
-                info.name for info in self._tiers.store.entries() if info.clock > target_clock
+                info.name
+                for info in self._tiers.store.entries()
+                if info.clock > target_clock and info.health is not Health.QUARANTINED
             ),
             kept=self._needed_for_attribution(target_clock),
             lr_scale=action.lr_scale,
