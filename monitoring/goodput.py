@@ -125,14 +125,14 @@ class _Attempt:
     events: list[Record]
 
     def charge(self, ledger: _Ledger) -> None:
-        pending = sorted(self.events, key=_time)
+        pending = sorted(self.events, key=_moment)
         start = self._start_time(pending)
         if start is None:
             return
         ledger.advance(start, (), "restart")
         gap = "startup"
         for step_time, wishes in self.steps:
-            ready = [event for event in pending if _time(event) <= step_time]
+            ready = [event for event in pending if _moment(event) <= step_time]
             pending = pending[len(ready) :]
             first = [_time(event) for event in ready if event.get("kind") == "first_step"]
             if gap == "startup" and first:
@@ -142,7 +142,7 @@ class _Attempt:
                 ledger.advance(step_time, [*wishes, *_blocking(ready)], gap)
             gap = "other"
         if pending:
-            ledger.advance(_time(pending[-1]), _blocking(pending), gap)
+            ledger.advance(max(map(_time, pending)), _blocking(pending), gap)
 
     def _start_time(self, pending: Sequence[Record]) -> float | None:
         for event in pending:
@@ -186,3 +186,8 @@ def _blocking(events: Sequence[Record]) -> list[tuple[str, float]]:
 
 def _time(record: Record) -> float:
     return number(record, "time") or 0.0
+
+
+def _moment(record: Record) -> float:
+    """Return when training stood still: a save is told of later, when it has become durable."""
+    return _time(record) - (number(record, "background_seconds") or 0.0)

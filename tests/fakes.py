@@ -17,6 +17,7 @@ import torch
 
 from train.actions import Rewind
 from train.checkpoint.info import CheckpointInfo, Health
+from train.checkpoint.saver import Saver
 from train.checkpoint.snapshots import SnapshotRing, snapshot_name
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
@@ -45,6 +46,19 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it."""
 
 
+class NumberWrite:
+    """Writes the number that `tensor` holds when it is written."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def write(self, folder: Path, world: World) -> None:
+        (folder / "number.bin").write_text(str(int(self._tensor)))
+
+    def is_finite(self) -> bool:
+        return True
+
+
 class NumberEngine:
     """Its whole model is one number, to which each step adds one; files and snapshots are real."""
 
@@ -52,6 +66,7 @@ class NumberEngine:
     can_veto = True
     can_snapshot = True
     reads_together = True
+    writes_staged = True
     checkpoint_format = "number"
     num_parameters = 1
     group_names: tuple[str, ...] = ()
@@ -84,8 +99,8 @@ class NumberEngine:
     def evaluate(self, rows: object, layout: object = None) -> float:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        (folder / "number.bin").write_text(str(self.number))
+    def begin_save(self, staged: HostSnapshot | None = None) -> NumberWrite:
+        return NumberWrite(self._tensor if staged is None else staged.tensor(staged.slots[0]))
 
     def load(self, folder: Path) -> None:
         self.num_loads += 1
@@ -175,6 +190,9 @@ class Process:
         engine: Any = None,
         source: Any = None,
         world: World = WORLD,
+        is_async: bool = False,
+        retry_seconds: Sequence[float] = (),
+        max_failures: int | None = None,
     ) -> None:
         self.engine: Any = engine or NumberEngine()
         self.source: Any = source or EmptySource()
@@ -197,10 +215,13 @@ class Process:
             world,
             keep_good=5,
             kept=lambda: self.history.kept_checkpoints(2),
+            beside=world.aside() if is_async else None,
+            retry_seconds=retry_seconds,
         )
         self.store.open()
         self.ring = SnapshotRing(self.engine, world, size=keep_snapshots)
         self.tiers = Tiers(self.store, self.ring)
+        self.saver = Saver(self.engine, self.tiers, self.events, max_failures=max_failures)
         self.journal = Journal(folder / "journal.jsonl")
         self.rewinder = Rewinder(
             tiers=self.tiers,
@@ -256,6 +277,7 @@ class Process:
             schedule=self.schedule,
             events=self.events,
             tiers=self.tiers,
+            saver=self.saver,
             history=self.history,
             rewinder=self.rewinder,
             inbox=self.inbox,

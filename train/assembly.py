@@ -21,7 +21,14 @@ from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.chaos import inject_into_source
-from train.checkpoint.snapshots import SnapshotRing, affordable_size, available_memory
+from train.checkpoint.saver import Saver
+from train.checkpoint.snapshots import (
+    Memory,
+    SnapshotRing,
+    affordable_size,
+    available_memory,
+    has_room_to_stage,
+)
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
 from train.config import flatten
@@ -107,6 +114,12 @@ def assemble(scene: Scene) -> Run:
         schedule=schedule,
         events=events,
         tiers=tiers,
+        saver=Saver(
+            engine,
+            tiers,
+            events,
+            max_failures=config.checkpoint.max_failures,
+        ),
         history=history,
         rewinder=Rewinder(
             tiers=tiers,
@@ -207,6 +220,7 @@ def _tiers(
     """Open the checkpoints on disk and the ring in memory. A collective."""
     checkpoint = config.checkpoint
     rewind_steps = config.recovery.furthest_rewind_steps()
+    size, is_async = _affordable(config, engine, world)
     store = CheckpointStore(
         folder.checkpoints,
         world,
@@ -216,20 +230,36 @@ def _tiers(
         reach_steps=_VERDICT_LAG_STEPS + rewind_steps,
         kept=lambda: history.kept_checkpoints(checkpoint.keep_incidents),
         sequence_length=config.data.sequence_length,
+        beside=world.aside() if is_async else None,
+        retry_seconds=checkpoint.retry_seconds,
     )
     store.open()
-    size = checkpoint.keep_snapshots
+    return Tiers(store, SnapshotRing(engine, world, size=size))
+
+
+def _affordable(config: RunConfig, engine: Engine, world: World) -> tuple[int, bool]:
+    """Return how many snapshots the ring keeps, and whether saves go on beside training.
+
+    A collective: the host that has the least memory decides.
+    """
+    checkpoint = config.checkpoint
+    size, is_async = checkpoint.keep_snapshots, checkpoint.is_async
     if size and not engine.can_snapshot:
         logger.info("%s keeps no snapshots in memory: rewinds go to disk", engine.name)
         size = 0
+    if is_async and not engine.writes_staged:
+        logger.info("%s writes its checkpoints itself: training waits for them", engine.name)
+        is_async = False
+    memory: Memory = {
+        "state_bytes": engine.state_bytes,
+        "ranks_on_host": int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        "available_bytes": available_memory(),
+    }
     if size:
-        size = affordable_size(
-            size,
-            state_bytes=engine.state_bytes,
-            ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            available_bytes=available_memory(),
-        )
-    return Tiers(store, SnapshotRing(engine, world, size=min(world.gather(size))))
+        size = affordable_size(size, **memory)
+    is_async = is_async and has_room_to_stage(size, **memory)
+    answers = world.gather((size, is_async))
+    return min(size for size, _ in answers), all(is_async for _, is_async in answers)
 
 
 def _tracking(scene: Scene, engine: Engine) -> Tracking:

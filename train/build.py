@@ -112,6 +112,7 @@ def _execute_in(
             _start_and_train(config, world, folder, run, node)
         finally:
             run.events.close()
+            run.saver.close()
             if isinstance(run.data, ReadAhead):
                 run.data.close()
 

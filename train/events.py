@@ -99,8 +99,12 @@ class Callback:
     def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Take note of a snapshot in memory, and of the seconds that the step waited for it."""
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
-        """Take note of a durable checkpoint."""
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
+        """Take note of a durable checkpoint, of the seconds that training waited for it, and of
+        those between that and now, in which it was written beside training.
+        """
 
     def on_checkpoint_failed(self, step: int, reason: str) -> None:
         """Take note of a checkpoint that could not be written."""
@@ -182,9 +186,11 @@ class Events:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_snapshot_taken(state, seconds))
 
-    def checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float = 0.0
+    ) -> None:
         """Tell all callbacks."""
-        self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds))
+        self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds, background_seconds))
 
     def checkpoint_failed(self, step: int, reason: str) -> None:
         """Tell all callbacks."""

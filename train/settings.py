@@ -168,6 +168,9 @@ class EngineSettings:
     deepspeed: dict[str, object]
 
 
+NonNegativeSeconds = Annotated[float, Field(ge=0)]
+
+
 def _none_or_several(value: int) -> int:
     if value < 0 or value == 1:
         raise ValueError("expected 0, or at least 2: one that is good and one that is to be")
@@ -185,6 +188,9 @@ class CheckpointSettings:
     keep_incidents: NonNegative
     keep_snapshots: Annotated[int, AfterValidator(_none_or_several)]
     snapshot_interval_steps: Count | None
+    is_async: bool
+    retry_seconds: tuple[NonNegativeSeconds, ...]
+    max_failures: Count
     save_at_start: bool
     save_at_end: bool
 

@@ -143,7 +143,9 @@ class Tracking(Callback):
             tracker.log(metrics, state.clock)
         self._console.update(metrics)
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
         """Record a save."""
         self._events.write(
             {
@@ -153,6 +155,7 @@ class Tracking(Callback):
                 "clock": info.clock,
                 "step": info.step,
                 "seconds": seconds,
+                "background_seconds": background_seconds,
                 "bytes": info.num_bytes,
                 "path": str(info.path),
             }

@@ -1,8 +1,8 @@
 """The checkpoints of one run: save, list, verify, load, promote, quarantine, retain.
 
-A checkpoint is a folder `step-S-clock-C`. It is written under a temporary name, fsynced, given a
-manifest with the digest of each file, and renamed: a folder with that name is whole. There is no
-file that says which is the latest; that is read off the names, so nothing can lie.
+A checkpoint is a folder `step-S-clock-C`; `writing` makes it, here and now or beside training. A
+folder with that name is whole. There is no file that says which is the latest; that is read off the
+names, so nothing can lie.
 
 All ranks hold the same catalogue: it changes only by calls that all ranks make in the same order.
 Rank 0 writes the shared files. Cursors of samples of another length are mapped where they are read.
@@ -13,39 +13,36 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint.info import (
     HEALTH,
     MANIFEST,
+    NAME,
     NUM_FILE_THREADS,
     STATE,
     CheckpointInfo,
     Health,
-    file_digest,
+    read_info,
     verify_digests,
     verify_sizes,
 )
+from train.checkpoint.writing import DOOMED, CheckpointWriter, Draft, Flight, Outcome, sweep
 from train.data.units import rescale_cursor, rescale_ledger
 from train.distributed import World
-from train.durable import fsync_file, fsync_folder, write_json
+from train.durable import as_json, write_json
 from train.engines.base import Engine
+from train.engines.snapshot import HostSnapshot
 from train.errors import CheckpointError, CorruptCheckpointError
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"^step-(\d{8})-clock-(\d{8})$")
-_FORMAT_VERSION = 1
 
 
 class CheckpointStore:
@@ -61,6 +58,8 @@ class CheckpointStore:
         reach_steps: int = 0,
         kept: Callable[[], frozenset[str]] = frozenset,
         sequence_length: int = 0,
+        beside: World | None = None,
+        retry_seconds: Sequence[float] = (),
     ) -> None:
         self.folder = folder
         self._world = world
@@ -69,6 +68,10 @@ class CheckpointStore:
         self._reach_steps = reach_steps
         self._kept = kept
         self._sequence_length = sequence_length
+        self._beside = beside
+        self._retry_seconds = retry_seconds
+        self._flight: Flight | None = None
+        self._meanwhile: tuple[Health, str] | None = None
         self._catalogue: list[CheckpointInfo] = []
         self.unreadable: tuple[str, ...] = ()
         """Names of folders that should be checkpoints, and are left alone."""
@@ -80,8 +83,8 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            named = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
-            infos = {path.name: _read_info(path, self._sequence_length) for path in named}
+            named = [path for path in self.folder.iterdir() if NAME.match(path.name)]
+            infos = {path.name: read_info(path, self._sequence_length) for path in named}
             readable = [info for info in infos.values() if info is not None]
             unreadable = tuple(sorted(name for name, info in infos.items() if info is None))
             found = sorted(readable, key=lambda info: info.clock), unreadable
@@ -98,110 +101,129 @@ class CheckpointStore:
     def save(
         self, engine: Engine, state: TrainState, extra: Mapping[str, object], *, health: Health
     ) -> CheckpointInfo:
-        """Write a checkpoint and return when it is durable. A collective.
+        """Write a checkpoint here and now, and return when it is durable. A collective.
 
         Raises: CheckpointError, on all ranks, if any rank could not write its part; what was
         written is removed and older checkpoints are untouched.
         """
-        name = f"step-{state.step:08d}-clock-{state.clock:08d}"
-        temporary = self.folder / f".saving-{name}"
-        failure: str | None = None
-        try:
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-        except OSError as error:
-            failure = str(error)
-        self._agree(failure, temporary)
-        try:
-            engine.save(temporary)
-        except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
-            failure = f"{type(error).__name__}: {_last_line(error)}"
-        self._agree(failure, temporary)  # all parts are there: what is missing below is an error
-        files: dict[str, dict[str, object]] = {}
-        try:
-            files = self._seal(temporary)
-        except OSError as error:
-            failure = str(error)
-        parts = self._agree(failure, temporary, files)
-        info: CheckpointInfo | None = None
-        try:
-            if self._world.is_main:
-                merged = {name: entry for part in parts for name, entry in part.items()}
-                info = self._publish(temporary, name, merged, engine, state, extra, health)
-        except OSError as error:
-            failure = str(error)
-        self._agree(failure, temporary)
-        info = self._world.broadcast(info)
-        self._catalogue = [known for known in self._catalogue if known.name != name] + [info]
+        assert self._flight is None, "one save in flight, never two"
+        draft = self._draft(engine, state, extra, health, staged=None)
+        outcome = self._writer(self._world).write(draft, threading.Event())
+        if outcome.info is None:
+            raise CheckpointError(outcome.problem)
+        self._enter(outcome.info)
         self._retain()
-        return info
+        if self._world.is_main:
+            sweep(self.folder)
+        return outcome.info
 
-    def _agree(
-        self, failure: str | None, temporary: Path, payload: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        """Return every rank's payload, or raise on all ranks if one has failed. A collective."""
-        answers = self._world.gather((failure, payload or {}))
-        failures = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]
-        if failures:
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError("; ".join(failures))
-        return [answer[1] for answer in answers]
-
-    def _seal(self, folder: Path) -> dict[str, dict[str, object]]:
-        """Fsync and digest this rank's share of the files."""
-        mine = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = mine[self._world.rank :: self._world.size]
-
-        def seal(path: Path) -> dict[str, object]:
-            fsync_file(path)
-            return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-        with ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="digests") as threads:
-            entries = threads.map(seal, mine)
-            return {
-                str(path.relative_to(folder)): entry
-                for path, entry in zip(mine, entries, strict=True)
-            }
-
-    def _publish(
+    def begin(
         self,
-        temporary: Path,
-        name: str,
-        files: dict[str, dict[str, object]],
+        engine: Engine,
+        state: TrainState,
+        extra: Mapping[str, object],
+        *,
+        health: Health,
+        staged: HostSnapshot,
+    ) -> None:
+        """Begin to write a checkpoint beside training; `settle` says what became of it.
+
+        Called on all ranks; no collective in this thread. `staged`: a snapshot of the present
+        state, not to be reused before it has settled. The checkpoint is in the catalogue from here
+        on, so that nothing which is decided depends on how fast a disk is.
+        """
+        assert self._beside is not None, "who asks for it asks first whether it can be had"
+        assert self._flight is None, "one save in flight, never two"
+        if self._catalogue:
+            self._retain()  # here, not when one lands: this moment is the same in each execution
+        draft = self._draft(engine, state, extra, health, staged)
+        expected = CheckpointInfo(
+            name=draft.name,
+            path=self.folder / draft.name,
+            step=state.step,
+            cursor=state.cursor,
+            clock=state.clock,
+            num_bytes=staged.num_bytes,
+            digest="",
+            world_size=self._world.size,
+            format=draft.format,
+            health=health,
+        )
+        self._enter(expected)
+        self._meanwhile = None
+        self._flight = Flight(self._writer(self._beside), draft)
+
+    @property
+    def writes_beside(self) -> bool:
+        """True if `begin` can be called: the store was given a group for it."""
+        return self._beside is not None
+
+    @property
+    def in_flight(self) -> str | None:
+        """Name of the checkpoint that is written beside training. Equal on all ranks."""
+        return None if self._flight is None else self._catalogue[-1].name
+
+    def has_landed(self) -> bool:
+        """True if this rank's part in a save is over, and `settle` may be called. No collective."""
+        return self._flight is not None and self._flight.outcome() is not None
+
+    def settle(self, *, waits: bool) -> Outcome | None:
+        """Take over what became of the save in flight, None if that is open. A collective if any.
+
+        `waits`: return when it is known; should the present attempt fail, it was the last.
+        """
+        if self._flight is None:
+            return None
+        if waits:
+            self._flight.wait()
+        outcomes = self._world.gather(self._flight.outcome())
+        if any(outcome is None for outcome in outcomes):
+            return None
+        self._flight = None
+        failures = [outcome for outcome in outcomes if outcome.info is None]
+        outcome: Outcome = (failures or outcomes)[0]
+        expected = self._catalogue.pop()
+        assert expected.clock == outcome.state.clock, "it was the last to come"
+        if outcome.info is not None:
+            self._enter(outcome.info)
+            if self._meanwhile is not None and outcome.info.health is not Health.QUARANTINED:
+                self._set_health(expected.name, *self._meanwhile)
+        return outcome
+
+    def close(self) -> None:
+        """Leave a save in flight to itself, at the end of a process. No collective."""
+        if self._flight is not None:
+            self._flight.abandon()
+
+    def _draft(
+        self,
         engine: Engine,
         state: TrainState,
         extra: Mapping[str, object],
         health: Health,
-    ) -> CheckpointInfo:
+        staged: HostSnapshot | None,
+    ) -> Draft:
         length = {"sequence_length": self._sequence_length}
-        write_json(temporary / STATE, {"train_state": state.as_dict(), **length, **extra})
-        path = temporary / STATE
-        files[STATE] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        manifest = {
-            "version": _FORMAT_VERSION,
-            "step": state.step,
-            "cursor": state.cursor,
-            "sequence_length": self._sequence_length,
-            "clock": state.clock,
-            "world_size": self._world.size,
-            "format": engine.checkpoint_format,
-            "saved_unix_seconds": time.time(),
-            "files": files,
-        }
-        write_json(temporary / HEALTH, {"health": str(health), "reason": ""})
-        for folder in {path.parent for path in temporary.rglob("*")}:
-            fsync_folder(folder)
-        write_json(temporary / MANIFEST, manifest)
-        final = self.folder / name
-        if final.exists():  # an older one of the same clock was corrupt
-            final.rename(self.folder / f"replaced-{name}-{os.getpid()}")
-        temporary.rename(final)
-        fsync_folder(self.folder)
-        info = _read_info(final, self._sequence_length)
-        assert info is not None, "the checkpoint that was just written can be read"
-        return info
+        content = {"train_state": state.as_dict(), **length, **extra}
+        return Draft(
+            name=f"step-{state.step:08d}-clock-{state.clock:08d}",
+            state=state,
+            state_json=as_json(content),
+            format=engine.checkpoint_format,
+            health=health,
+            pending=engine.begin_save(staged),
+        )
+
+    def _writer(self, world: World) -> CheckpointWriter:
+        return CheckpointWriter(
+            self.folder,
+            world,
+            retry_seconds=self._retry_seconds,
+            sequence_length=self._sequence_length,
+        )
+
+    def _enter(self, info: CheckpointInfo) -> None:
+        self._catalogue = [known for known in self._catalogue if known.name != info.name] + [info]
 
     def load(self, engine: Engine, info: CheckpointInfo) -> dict[str, Any]:
         """Load a checkpoint into the engine and return its extra state. A collective.
@@ -273,7 +295,9 @@ class CheckpointStore:
         self._catalogue = [
             replace(info, health=health) if info.name == name else info for info in self._catalogue
         ]
-        if self._world.is_main and (self.folder / name).exists():
+        if name == self.in_flight:
+            self._meanwhile = health, reason  # it is written when the checkpoint has landed
+        elif self._world.is_main and (self.folder / name).exists():
             try:
                 write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
             except OSError as error:
@@ -309,13 +333,11 @@ class CheckpointStore:
                 continue
             self._catalogue.remove(info)
             if self._world.is_main:
-                # Renamed first: a kill in the middle leaves nothing that looks whole.
-                doomed = self.folder / f".saving-old-{info.name}"
+                # Only renamed: who writes next deletes it, since that takes a disk its time.
                 try:
-                    info.path.rename(doomed)
+                    info.path.rename(self.folder / f"{DOOMED}{info.name}")
                 except OSError as error:
                     logger.warning("%s could not be removed (%s)", info.path, error)
-                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _problem_of(digests: Sequence[Future[None]]) -> str | None:
@@ -324,37 +346,6 @@ def _problem_of(digests: Sequence[Future[None]]) -> str | None:
         if problem is not None and not isinstance(problem, CorruptCheckpointError):
             raise problem
     return "; ".join(str(problem) for problem in problems if problem) or None
-
-
-def _read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
-    """Return what a folder says of itself, or None if it is not a checkpoint."""
-    match = _NAME.match(path.name)
-    if match is None:
-        return None
-    try:
-        text = (path / MANIFEST).read_bytes()
-        manifest = json.loads(text)
-        old_length = manifest.get("sequence_length") or sequence_length
-        health = Health(json.loads((path / HEALTH).read_text())["health"])
-        return CheckpointInfo(
-            name=path.name,
-            path=path,
-            step=int(match[1]),
-            cursor=_cursor_at_length(int(manifest["cursor"]), old_length, sequence_length),
-            clock=int(match[2]),
-            num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
-            digest=sha256(text).hexdigest(),
-            world_size=manifest["world_size"],
-            format=manifest["format"],
-            health=health,
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
-        return None
-
-
-def _cursor_at_length(cursor: int, old: int, new: int) -> int:
-    return cursor if new in (0, old) else rescale_cursor(cursor, old, new)
 
 
 def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
@@ -379,8 +370,3 @@ def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
         "train_state": {**train_state, "cursor": cursor},
         "ledger": rescale_ledger(state["ledger"], old, sequence_length),
     }
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1][:300] if lines else ""

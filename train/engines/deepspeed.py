@@ -34,6 +34,7 @@ from train.engines.snapshot import (
     HostSnapshot,
     HostValues,
     SnapshotCopier,
+    is_finite,
     state_bytes,
     state_digest,
 )
@@ -96,12 +97,30 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+class _ForegroundWrite:
+    """See `PendingWrite`."""
+
+    def __init__(self, engine: Any, tensors: Mapping[str, Tensor]) -> None:
+        self._engine = engine
+        self._tensors = tensors
+
+    def write(self, folder: Path, world: World) -> None:
+        """Write through DeepSpeed's own format, over its own process groups."""
+        del world
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+    def is_finite(self) -> bool:
+        """See `PendingWrite.is_finite`; True where it is not known where the numbers lie."""
+        return all(is_finite(tensor) for tensor in self._tensors.values())
+
+
 class DeepSpeedEngine:
     """A model under DeepSpeed's own engine."""
 
     name = "deepspeed"
     can_veto = False
     reads_together = False
+    writes_staged = False
 
     def __init__(
         self,
@@ -201,12 +220,13 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return float(total / num_predictions(rows, layout))  # host sync
 
-    def save(self, folder: Path) -> None:
-        """Write through DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def begin_save(self, staged: HostSnapshot | None = None) -> _ForegroundWrite:
+        """See `Engine.begin_save`; DeepSpeed writes its own format, and that in the foreground."""
+        assert staged is None, "DeepSpeed cannot write what it does not hold"
+        return _ForegroundWrite(self._engine, self._state_tensors() if self.can_snapshot else {})
 
     def load(self, folder: Path) -> None:
-        """Read DeepSpeed's own format; the number of ranks must be that of `save`."""
+        """Read DeepSpeed's own format; the number of ranks must be that of the save."""
         self._copier.before_write()
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:

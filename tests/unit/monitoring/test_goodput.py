@@ -44,6 +44,20 @@ def test_background_save_costs_only_what_training_waited(script: RunScript) -> N
     assert found.training == pytest.approx(5.0, abs=0.01)
 
 
+def test_wait_for_a_save_is_charged_when_it_was_and_not_when_it_is_told(script: RunScript) -> None:
+    script.start()
+    script.train(10)
+    script.spend("checkpoint", 0.8)
+    stalled = script.time
+    script.train(10)
+    background = script.time - stalled
+    script.event("checkpoint_saved", seconds=0.8, background_seconds=background, path="a")
+    script.train(10)
+    found = compute_goodput(script.metrics, script.events)
+    assert found.checkpoint == pytest.approx(0.8, abs=0.01)
+    assert found.training == pytest.approx(7.5, abs=0.01)
+
+
 def test_step_seconds_that_include_the_data_wait_are_not_counted_twice(script: RunScript) -> None:
     script.start()
     script.train(10)

@@ -126,7 +126,9 @@ class Recorder(Callback):
     def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
         self._note("ledger")
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
         self._note("saved")
 
     def on_checkpoint_failed(self, step: int, reason: str) -> None:

@@ -163,6 +163,9 @@ def test_snapshots_follow_the_interval_unless_they_have_their_own(
         keep_incidents=2,
         keep_snapshots=2,
         snapshot_interval_steps=own,
+        is_async=True,
+        retry_seconds=(2.0, 8.0, 30.0),
+        max_failures=5,
         save_at_start=True,
         save_at_end=True,
     )

@@ -29,6 +29,7 @@ class FileEngine:
     can_veto = True
     reads_together = True
     can_snapshot = False
+    writes_staged = False
     state_bytes = 0
     model: Any = None
     checkpoint_format = "file"
@@ -37,6 +38,7 @@ class FileEngine:
 
     def __init__(self) -> None:
         self.word = "fresh"
+        self.finite = True
         self.failure: Exception | None = None
         self.load_failure: Exception | None = None
 
@@ -58,10 +60,16 @@ class FileEngine:
     def state_digest(self) -> str:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def begin_save(self, staged: object = None) -> FileEngine:
+        return self
+
+    def write(self, folder: Path, world: World) -> None:
         (folder / "word.bin").write_text(self.word)
         if self.failure is not None:
             raise self.failure
+
+    def is_finite(self) -> bool:
+        return self.finite
 
     def load(self, folder: Path) -> None:
         if self.load_failure is not None:
