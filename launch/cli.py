@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import checkpoints, prune, verify
 from launch.errors import LaunchError
 from launch.prepare import prepare
 
@@ -52,6 +53,9 @@ def build_app() -> typer.Typer:
     app.command("skip")(skip)
     app.command("unskip")(unskip)
     app.command("replay")(replay)
+    app.command("checkpoints")(checkpoints)
+    app.command("verify")(verify)
+    app.command("prune")(prune)
     return app
 
 

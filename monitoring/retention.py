@@ -208,7 +208,7 @@ def parse_size(text: object) -> int:
     if match is None:
         raise ValueError('expected a size such as "2TB", "500 GiB" or "1500000000b"')
     number, unit, is_binary = match.groups()
-    base = 1024 if is_binary else 1000
+    base = 1024.0 if is_binary else 1000.0
     value = round(float(number.replace("_", "")) * base ** " kmgtp".index(unit.lower() or " "))
     if value <= 0:
         raise ValueError("expected more than nothing")

@@ -23,11 +23,15 @@ from torch import Tensor
 from train.data.layout import DocumentLayout
 from train.distributed import World
 from train.engines.deepspeed_state import (
+    group_settings,
     is_stage_3,
     masters,
     obstacles_to_snapshots,
+    shared_state,
     state_tensors,
+    take_up_masters,
 )
+from train.engines.flat_state import read_state, write_state
 from train.engines.optimizer import make_optimizer, materialise_state
 from train.engines.rank_signals import SampleLosses, own_signals
 from train.engines.snapshot import (
@@ -38,7 +42,7 @@ from train.engines.snapshot import (
     state_digest,
 )
 from train.engines.staging import num_predictions, stage
-from train.engines.torch_engine import evaluation_parts
+from train.engines.torch_engine import TorchEngine, evaluation_parts
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import EngineSettings, OptimSettings
@@ -101,7 +105,6 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
     can_veto = False
-    reads_together = False
 
     def __init__(
         self,
@@ -115,8 +118,8 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(world.device)
         self.num_parameters = num_parameters(model)
         self.group_names: tuple[str, ...] = ()
-        self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
         optimizer = make_optimizer(model, optim)
+        self._group_settings = group_settings(model.named_parameters(), optimizer)
         # It keeps process groups in module globals; those of an earlier job are gone by now.
         deepspeed.utils.groups._release_process_group_references(group=None)
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False)
@@ -132,6 +135,9 @@ class DeepSpeedEngine:
         self.can_snapshot = not self._obstacles
         if self.can_snapshot:
             materialise_state(zero.optimizer, masters(zero))
+        own_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
+        self.checkpoint_format = TorchEngine.checkpoint_format if self.can_snapshot else own_format
+        self.reads_together = self.can_snapshot
         self._copier = SnapshotCopier(world.device)
         self._sample_losses = SampleLosses()
         self._world = world
@@ -202,16 +208,47 @@ class DeepSpeedEngine:
         return float(total / num_predictions(rows, layout))  # host sync
 
     def save(self, folder: Path) -> None:
-        """Write through DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        """Write what all engines read, or, where the state lies elsewhere, DeepSpeed's own files.
+
+        Raises: CheckpointError, on all ranks, if any rank could not write its part.
+        """
+        if self._obstacles:
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+            return
+        state = self._shared_state()
+        lr = float(self._engine.optimizer.param_groups[0]["lr"])
+        for name, settings in self._group_settings.items():
+            for key, value in {**settings, "lr": lr}.items():
+                state["optimizer"][f"param_groups.{name}.{key}"] = value
+        write_state(state, folder, self._world)
 
     def load(self, folder: Path) -> None:
-        """Read DeepSpeed's own format; the number of ranks must be that of `save`."""
+        """Read what any engine has written on any number of ranks, or DeepSpeed's own files.
+
+        Its own can be read with the stage and on the number of ranks that wrote them alone.
+        """
         self._copier.before_write()
+        if self._obstacles:
+            self.load_own_files(folder)
+            return
+        state = self._shared_state()
+        read_state(state, folder, self._world)
+        counters = (v for name, v in state["optimizer"].items() if name.endswith(".step"))
+        take_up_masters(self._engine.optimizer, counters)
+        self._engine.optimizer.overflow = False
+        self._sample_losses.clear()
+
+    def load_own_files(self, folder: Path) -> None:
+        """Read DeepSpeed's own files, of the same stage and number of ranks. A collective."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
         self._sample_losses.clear()
+
+    def _shared_state(self) -> dict[str, dict[str, Any]]:
+        optimizer = self._engine.optimizer
+        tensors = state_tensors(optimizer)
+        return shared_state(self.model, optimizer, tensors, rank=self._world.rank)
 
     @property
     def state_bytes(self) -> int:

@@ -8,12 +8,15 @@ bf16, so no loss is scaled and no scaler has a state.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from train.engines.flat_state import FlatPart
 from train.engines.optimizer import MOMENTS
+from train.errors import CheckpointError
 
 # Each puts state in places that are not read here: other devices, quantised copies, schedules.
 _ELSEWHERE = frozenset(
@@ -83,3 +86,92 @@ def state_tensors(optimizer: Any) -> dict[str, Tensor]:
         state = optimizer.optimizer.state[master]
         tensors |= {f"group{number}/{kind}": state[kind] for kind in ("step", *MOMENTS)}
     return tensors
+
+
+def group_settings(
+    named_parameters: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, object]]:
+    """Return the settings of each parameter's group, before DeepSpeed rearranges the groups."""
+    by_parameter = {
+        id(parameter): {key: value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return {name: by_parameter[id(parameter)] for name, parameter in named_parameters}
+
+
+def shared_state(
+    model: nn.Module, optimizer: Any, tensors: Mapping[str, Tensor], *, rank: int
+) -> dict[str, dict[str, Any]]:
+    """Return what this rank holds of the fp32 parameters and moments, as all engines name it.
+
+    `tensors`: what `state_tensors` returns, or a copy of it. Views of them, but for the step
+    counters, which are copies: one a parameter, as AdamW has them.
+    """
+    weights: dict[str, Any] = {}
+    moments: dict[str, Any] = {}
+    parameters: Iterable[tuple[str, Any]] = model.named_parameters()
+    for name, parameter in parameters:
+        shape = tuple(parameter.ds_shape if is_stage_3(optimizer) else parameter.shape)
+        number, start, stop, first = _held(parameter, optimizer, rank)
+        group, part = f"group{number}", slice(start, stop)
+        master = tensors.get(f"{group}/master", tensors[f"{group}/parameters"])
+        weights[name] = FlatPart(shape, first, master.detach()[part])
+        step = tensors[f"{group}/step"]
+        moments[f"state.{name}.step"] = step.detach().clone().reshape(())
+        for kind in MOMENTS:
+            moments[f"state.{name}.{kind}"] = FlatPart(
+                shape, first, tensors[f"{group}/{kind}"][part]
+            )
+    return {"model": weights, "optimizer": moments}
+
+
+def _held(parameter: Any, optimizer: Any, rank: int) -> tuple[int, int, int, int]:
+    """Return what this rank's partitions hold of a parameter.
+
+    `(group, start, stop, first)`: elements `[start, stop)` of the group's fp32 partition are those
+    of the parameter from `first` on. Read off the addresses, so that it is what is really there.
+    """
+    if is_stage_3(optimizer):
+        local = parameter.ds_tensor
+        number, start = _place(local, optimizer.fp16_partitioned_groups_flat)
+        first = min(rank * local.numel(), parameter.ds_numel)
+        # The last ranks' parts are filled up to the size of the others.
+        stop = start + min(local.numel(), parameter.ds_numel - first)
+        return number, start, stop, first
+    number, place = _place(parameter.detach(), optimizer.bit16_groups_flat)
+    size = masters(optimizer)[number].numel()
+    start = min(max(place - rank * size, 0), size)
+    stop = min(max(place + parameter.numel() - rank * size, 0), size)
+    return number, start, stop, max(rank * size - place, 0) if start < stop else 0
+
+
+def _place(tensor: Tensor, flats: list[Tensor]) -> tuple[int, int]:
+    """Return which of the flat tensors holds `tensor`, and from which element on."""
+    for number, flat in enumerate(flats):
+        offset = (tensor.data_ptr() - flat.data_ptr()) // flat.element_size()
+        if 0 <= offset < flat.numel():
+            return number, offset
+    raise AssertionError("DeepSpeed keeps every parameter in a flat group")
+
+
+def take_up_masters(optimizer: Any, steps: Iterable[Tensor]) -> None:
+    """Make parameters and step counters those of the fp32 partitions that were just loaded.
+
+    `steps`: the counters of all parameters. A collective. Raises: CheckpointError if they differ.
+    """
+    numbers = {float(step) for step in steps}  # host sync
+    if len(numbers) != 1:
+        raise CheckpointError(
+            f"the parameters of the checkpoint have made {sorted(numbers)} steps; DeepSpeed counts "
+            "them together, so only a checkpoint in which all have made as many can be read"
+        )
+    for master in masters(optimizer):
+        optimizer.optimizer.state[master]["step"].fill_(numbers.copy().pop())
+    if not is_stage_3(optimizer):
+        optimizer.update_lp_params()
+        return
+    flats = optimizer.fp16_partitioned_groups_flat
+    for parameters, master in zip(flats, masters(optimizer), strict=True):
+        parameters.data.copy_(master.data)  # one and the same in fp32
+    optimizer._partition_all_parameters()  # the next forward gathers what was loaded

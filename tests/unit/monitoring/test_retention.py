@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -211,7 +211,7 @@ def test_rules_come_back_from_their_file(
     tmp_path_factory: pytest.TempPathFactory, rules: Rules
 ) -> None:
     folder = tmp_path_factory.mktemp("rules")
-    (folder / RULES_FILE).write_text(json.dumps(rules_record(rules, keep_incidents=2)))
+    (folder / RULES_FILE).write_text(json.dumps(asdict(rules)))
     assert read_rules(folder) == rules
 
 
