@@ -101,7 +101,7 @@ def verify(
     entries: list[StoredCheckpoint] = []
     wrong: dict[Path, list[str]] = {}
     for text in where:
-        found, damaged = _entries_of(text)
+        found, damaged = entries_of(text)
         entries += found
         wrong |= {path: [problem] for path, problem in damaged.items()}
     for path, lines in wrong.items():
@@ -227,7 +227,7 @@ def checkpoints_folder(folder: Path) -> Path:
     raise LaunchError(f"{folder} holds no {CHECKPOINTS_FOLDER}: it is no run folder, or a new one")
 
 
-def _entries_of(text: str) -> tuple[list[StoredCheckpoint], dict[Path, str]]:
+def entries_of(text: str) -> tuple[list[StoredCheckpoint], dict[Path, str]]:
     """Return the checkpoints that `text` means, and what is wrong with those without manifest."""
     path = Path(text)
     if is_checkpoint_name(path.resolve().name) and path.is_dir():

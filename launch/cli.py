@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.checkpoints import checkpoints, prune, verify
+from launch.convert import convert
 from launch.errors import LaunchError
 from launch.prepare import prepare
 
@@ -56,6 +57,7 @@ def build_app() -> typer.Typer:
     app.command("checkpoints")(checkpoints)
     app.command("verify")(verify)
     app.command("prune")(prune)
+    app.command("convert")(convert)
     return app
 
 

@@ -262,21 +262,37 @@ def exchange(
             }
 
 
+OFFLOADS: dict[str, Any] = {
+    "1": {},
+    "3": {},
+    "1-offloaded": {"offload_optimizer": {"device": "cpu"}},
+    "3-offloaded": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
 def reload_in_bf16(folder: str, name: str) -> None:
     """Save and load with DeepSpeed where fp32 weights stand beside the ones that compute."""
     config = with_engine(base_config(), kind=EngineKind.DEEPSPEED, precision=Precision.BF16)
     with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
-        for stage in (1, 3):
-            staged = with_engine(config, zero_stage=stage)
+        for label, zero in OFFLOADS.items():
+            settings = {"zero_optimization": zero} if zero else {}
+            staged = with_engine(config, zero_stage=int(label[0]), deepspeed=settings)
             engine, fresh = build_engine(staged, world), build_engine(staged, world)
-            train(engine, world, 0, 3)
-            store = CheckpointStore(Path(folder) / f"{name}-{stage}", world, keep_good=2)
+            store = CheckpointStore(Path(folder) / f"{name}-{label}", world, keep_good=2)
             store.open()
+            start = store.save(engine, TrainState(), {"ledger": []}, health=Health.GOOD)
+            train(engine, world, 0, 3)
             state = TrainState(step=3, clock=3)
-            store.load(fresh, store.save(engine, state, {"ledger": []}, health=Health.GOOD))
-            found[str(stage)] = {
-                "digests": [each.state_digest() for each in (engine, fresh)],
+            info = store.save(engine, state, {"ledger": []}, health=Health.GOOD)
+            store.load(fresh, start)
+            again = train(fresh, world, 0, 3)
+            store.load(fresh, info)
+            found[label] = {
+                "format": engine.checkpoint_format,
+                "can_snapshot": engine.can_snapshot,
+                "digests": [digest(each) for each in (engine, fresh)],
                 "losses": [train(each, world, 3, 6) for each in (engine, fresh)],
+                "first_losses": [again, train(build_engine(staged, world), world, 0, 3)],
             }
 
 

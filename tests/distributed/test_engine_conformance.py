@@ -139,14 +139,15 @@ def test_checkpoints_of_other_engines_and_numbers_of_ranks_load_bit_for_bit(
         assert found["losses"] == close(single["losses"][-len(found["losses"]) :]), checkpoint
 
 
-def test_deepspeed_in_bf16_goes_on_bit_for_bit(ask: Ask) -> None:
+def test_deepspeed_in_bf16_and_offloaded_goes_on_bit_for_bit(ask: Ask) -> None:
     kind_and_stage("deepspeed-zero1")  # skips where it is not installed
     for rank in ask("reload_in_bf16", "reload-in-bf16", 2):
-        for stage, found in rank.items():
-            digest, loaded = found["digests"]
-            assert loaded == digest, stage
-            uninterrupted, losses = found["losses"]
-            assert losses == uninterrupted, stage
+        for label, found in rank.items():
+            assert found["format"] == "dcp"
+            assert found["can_snapshot"] == ("offloaded" not in label)
+            for pair in ("digests", "losses", "first_losses"):
+                uninterrupted, loaded = found[pair]
+                assert loaded == uninterrupted, (label, pair)
 
 
 @pytest.mark.parametrize("failing_rank", [0, 1])

@@ -26,6 +26,7 @@ from train.engines.deepspeed_state import (
     group_settings,
     is_stage_3,
     masters,
+    obstacles_to_sharing,
     obstacles_to_snapshots,
     shared_state,
     state_tensors,
@@ -133,11 +134,12 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         self._obstacles = obstacles_to_snapshots(engine.deepspeed, zero)
         self.can_snapshot = not self._obstacles
-        if self.can_snapshot:
+        self._is_shared = not obstacles_to_sharing(engine.deepspeed, zero, self.model)
+        self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
+        if self._is_shared:
+            self.checkpoint_format = TorchEngine.checkpoint_format
             materialise_state(zero.optimizer, masters(zero))
-        own_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
-        self.checkpoint_format = TorchEngine.checkpoint_format if self.can_snapshot else own_format
-        self.reads_together = self.can_snapshot
+        self.reads_together = self._is_shared
         self._copier = SnapshotCopier(world.device)
         self._sample_losses = SampleLosses()
         self._world = world
@@ -212,7 +214,7 @@ class DeepSpeedEngine:
 
         Raises: CheckpointError, on all ranks, if any rank could not write its part.
         """
-        if self._obstacles:
+        if not self._is_shared:
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
             return
         state = self._shared_state()
@@ -228,7 +230,7 @@ class DeepSpeedEngine:
         Its own can be read with the stage and on the number of ranks that wrote them alone.
         """
         self._copier.before_write()
-        if self._obstacles:
+        if not self._is_shared:
             self.load_own_files(folder)
             return
         state = self._shared_state()
