@@ -68,6 +68,7 @@ class Checkpointing(Callback):
         self._save_seconds: float | None = None
         self._step_seconds: deque[float] = deque(maxlen=_NUM_STEPS_TIMED)
         self._num_steps_timed = 0
+        self._is_chosen = False
 
     def needs_current(self, step: int) -> bool:
         """A save needs to know the step that it saves."""
@@ -127,9 +128,11 @@ class Checkpointing(Callback):
             max_minutes=self._settings.max_minutes_at_risk,
         )
         chosen = self._agree(found)
-        if abs(chosen.steps - self._interval_steps) >= _MIN_CHANGE * self._interval_steps:
+        is_other = abs(chosen.steps - self._interval_steps) >= _MIN_CHANGE * self._interval_steps
+        if is_other or not self._is_chosen:
             logger.info("checkpoint.interval_steps=auto: %s", chosen.reason)
             self._interval_steps = chosen.steps
+        self._is_chosen = True
 
     def state_dict(self) -> dict[str, object]:
         """Return the count of calm steps, and the interval if it was chosen."""
