@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import checkpoints, prune, verify
+from launch.convert import convert
 from launch.errors import LaunchError
 from launch.prepare import prepare
 
@@ -52,6 +54,10 @@ def build_app() -> typer.Typer:
     app.command("skip")(skip)
     app.command("unskip")(unskip)
     app.command("replay")(replay)
+    app.command("checkpoints")(checkpoints)
+    app.command("verify")(verify)
+    app.command("prune")(prune)
+    app.command("convert")(convert)
     return app
 
 

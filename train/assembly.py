@@ -10,10 +10,13 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from monitoring.console import ConsoleProgress
+from monitoring.records import EVENTS_FILE, Record, UnreadableRecordsError, read_json_lines
+from monitoring.retention import RULES_FILE, Rules
 from monitoring.trackers import build_trackers
 from train.callbacks.checkpointing import Checkpointing
 from train.callbacks.flight_recorder import FlightRecorder
@@ -21,6 +24,7 @@ from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.chaos import inject_into_source
+from train.checkpoint.interval import FailureRate, count_failures, observed_rate
 from train.checkpoint.saver import Saver
 from train.checkpoint.snapshots import (
     Memory,
@@ -39,6 +43,7 @@ from train.data.sequence import Returns
 from train.data.shards import Corpus
 from train.data.stream import Batches, SampleStream
 from train.distributed import World
+from train.durable import write_json
 from train.engines.base import Engine
 from train.engines.build import build_engine
 from train.engines.staging import host_buffer
@@ -103,6 +108,7 @@ def assemble(scene: Scene) -> Run:
         schedule=schedule,
         history=history,
         is_data_change=DataChanges(scene.data.changes, stream, schedule).is_change,
+        rate=observed_rate(*count_failures(_events_so_far(scene)), num_ranks=world.size),
         world=world,
     )
     events = Events([*callbacks, capsules], is_main=world.is_main)
@@ -165,6 +171,15 @@ def _batches(config: RunConfig, stream: SampleStream, world: World) -> Batches:
     )
 
 
+def _events_so_far(scene: Scene) -> tuple[Record, ...]:
+    """Return the timeline of the starts before this one; rank 0 alone goes by it."""
+    try:
+        return read_json_lines(scene.folder.path / EVENTS_FILE).records
+    except UnreadableRecordsError as error:
+        logger.warning("%s: past failures are not counted", error)
+        return ()
+
+
 def _inbox(
     config: RunConfig,
     folder: RunFolder,
@@ -179,7 +194,7 @@ def _inbox(
         schedule=schedule,
         history=history,
         sequence_length=config.data.sequence_length,
-        near_steps=2 * config.checkpoint.interval_steps,
+        near_steps=2 * config.checkpoint.longest_interval_steps,
         world=world,
     )
 
@@ -193,6 +208,7 @@ def _callbacks(
     schedule: Schedule,
     history: RecoveryHistory,
     is_data_change: Callable[[int, int], bool],
+    rate: FailureRate,
     world: World,
 ) -> list[Callback]:
     """Return the callbacks that the config names; only rank 0 tracks."""
@@ -202,7 +218,9 @@ def _callbacks(
             config.recovery, schedule, history, is_data_change
         ),
         "spike_recovery": lambda: SpikeRecovery(config.recovery, tiers, schedule, history, length),
-        "checkpointing": lambda: Checkpointing(config.checkpoint, tiers),
+        "checkpointing": lambda: Checkpointing(
+            config.checkpoint, tiers, agree=world.broadcast, rate=rate
+        ),
         "flight_recorder": lambda: recorder,
         "tracking": tracking,
     }
@@ -226,14 +244,18 @@ def _tiers(
         world,
         keep_good=checkpoint.keep_good,
         # An onset is seen up to an interval late; the target must still be there.
-        keep_steps=rewind_steps + checkpoint.interval_steps if rewind_steps else 0,
+        keep_steps=rewind_steps + checkpoint.longest_interval_steps if rewind_steps else 0,
         reach_steps=_VERDICT_LAG_STEPS + rewind_steps,
+        keep_every_steps=checkpoint.keep_every_steps,
+        budget_bytes=checkpoint.disk_budget,
         kept=lambda: history.kept_checkpoints(checkpoint.keep_incidents),
         sequence_length=config.data.sequence_length,
         beside=world.aside() if is_async else None,
         retry_seconds=checkpoint.retry_seconds,
     )
     store.open()
+    if world.is_main:
+        _tell_rules(store.folder, replace(store.rules, keep_incidents=checkpoint.keep_incidents))
     return Tiers(store, SnapshotRing(engine, world, size=size))
 
 
@@ -260,6 +282,14 @@ def _affordable(config: RunConfig, engine: Engine, world: World) -> tuple[int, b
     is_async = is_async and has_room_to_stage(size, **memory)
     answers = world.gather((size, is_async))
     return min(size for size, _ in answers), all(is_async for _, is_async in answers)
+
+
+def _tell_rules(folder: Path, rules: Rules) -> None:
+    """Leave the rules of retention where `trimtab checkpoints` and `trimtab prune` read them."""
+    try:
+        write_json(folder / RULES_FILE, asdict(rules))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s)", folder / RULES_FILE, error.strerror)
 
 
 def _tracking(scene: Scene, engine: Engine) -> Tracking:

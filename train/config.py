@@ -298,9 +298,12 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                 f"recovery.persistence_steps={recovery.persistence_steps} high steps make a spike; "
                 f"use {recovery.persistence_steps + 1} or more"
             )
-        if not checkpoint.save_at_start and checkpoint.interval_steps > config.run.steps:
+        longest, key = checkpoint.longest_interval_steps, "checkpoint.interval_steps"
+        if checkpoint.interval_steps == "auto":
+            key = "checkpoint.max_interval_steps"
+        if not checkpoint.save_at_start and longest > config.run.steps:
             yield (
-                f"checkpoint.interval_steps={checkpoint.interval_steps} is longer than the run of "
+                f"{key}={longest} is longer than the run of "
                 f"run.steps={config.run.steps} and checkpoint.save_at_start=false: recovery would "
                 "have nothing to go back to"
             )

@@ -14,8 +14,9 @@
     close                                   in reverse order, whatever happened
 
 Callbacks see frozen facts and return typed actions; only the loop acts. They hold no engine and
-call no collective. Their order is a phase, then a name: the same on every rank. A callback that
-fails in REPORT is logged; one that fails elsewhere stops the run.
+call no collective, but for the one that agrees on an automatic interval of saves. Their order is a
+phase, then a name: the same on every rank. A callback that fails in REPORT is logged; one that
+fails elsewhere stops the run.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from launch.cluster import ClusterConfig
+from monitoring.retention import parse_size
 from monitoring.trackers import TrackerConfig
 from train.amounts import (
     REFUSE_UNKNOWN,
@@ -177,14 +178,23 @@ def _none_or_several(value: int) -> int:
     return value
 
 
+def _size_or_none(value: object) -> int | None:
+    return None if value is None else parse_size(value)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointSettings:
     """`checkpoint`: when to save, when to trust, what to keep."""
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    interval_steps: Count
+    interval_steps: Count | Literal["auto"]
+    max_interval_steps: Count
+    max_minutes_at_risk: PositiveFloat
+    failures_per_day: PositiveFloat | None
     good_after_steps: Count
     keep_good: Annotated[int, Field(ge=2)]
+    keep_every_steps: Count | None
+    disk_budget: Annotated[int | None, BeforeValidator(_size_or_none)]
     keep_incidents: NonNegative
     keep_snapshots: Annotated[int, AfterValidator(_none_or_several)]
     snapshot_interval_steps: Count | None
@@ -195,9 +205,10 @@ class CheckpointSettings:
     save_at_end: bool
 
     @property
-    def snapshot_steps(self) -> int:
-        """How many steps lie between snapshots in memory."""
-        return self.snapshot_interval_steps or self.interval_steps
+    def longest_interval_steps(self) -> int:
+        """How many steps can lie between checkpoints on disk."""
+        interval = self.interval_steps
+        return interval if isinstance(interval, int) else self.max_interval_steps
 
 
 class Veto(StrEnum):

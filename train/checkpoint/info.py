@@ -12,6 +12,7 @@ from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 
+from monitoring.checkpoints import is_intact
 from train.data.units import rescale_cursor
 from train.errors import CorruptCheckpointError
 
@@ -103,6 +104,8 @@ def read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
     try:
         text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
+        if not is_intact(manifest):
+            raise ValueError(f"{MANIFEST} does not match its own digest")
         old_length = manifest.get("sequence_length") or sequence_length
         health = Health(json.loads((path / HEALTH).read_text())["health"])
         return CheckpointInfo(

@@ -21,6 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from monitoring.checkpoints import size_text
+from monitoring.retention import Rules, plan
 from train.checkpoint.info import (
     HEALTH,
     MANIFEST,
@@ -56,6 +58,8 @@ class CheckpointStore:
         keep_good: int,
         keep_steps: int = 0,
         reach_steps: int = 0,
+        keep_every_steps: int | None = None,
+        budget_bytes: int | None = None,
         kept: Callable[[], frozenset[str]] = frozenset,
         sequence_length: int = 0,
         beside: World | None = None,
@@ -63,9 +67,13 @@ class CheckpointStore:
     ) -> None:
         self.folder = folder
         self._world = world
-        self._keep_good = keep_good
-        self._keep_steps = keep_steps
-        self._reach_steps = reach_steps
+        self.rules = Rules(
+            keep_good=keep_good,
+            keep_steps=keep_steps,
+            reach_steps=reach_steps,
+            keep_every_steps=keep_every_steps,
+            budget_bytes=budget_bytes,
+        )
         self._kept = kept
         self._sequence_length = sequence_length
         self._beside = beside
@@ -236,7 +244,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{info.path} was written as {info.format}, and engine.kind={engine.name} here "
                 f"reads {engine.checkpoint_format}; start with the engine, ranks and ZeRO stage "
-                "that wrote it"
+                "that wrote it, or make it readable by all engines with `trimtab convert`"
             )
         mine: dict[str, Any] = {}
         state_text = b""
@@ -304,33 +312,16 @@ class CheckpointStore:
                 logger.warning("the health of %s could not be written (%s)", name, error)
 
     def _retain(self) -> None:
-        """Delete what is not needed. Called on all ranks; no collective.
-
-        Kept: the newest good ones (never fewer than one while there is one), good ones back to one
-        that is `keep_steps` older than the newest checkpoint, and all candidates younger than the
-        newest good one, and what `kept` names, equal on all ranks. Beyond that, one good one for
-        each doubling of its age up to `reach_steps`: trouble that came slowly is seen late.
-        """
-        good = self.trusted(Health.GOOD)
-        kept_good = {info.name for info in good[-self._keep_good :]}
-        oldest_needed = self._catalogue[-1].step - self._keep_steps
-        before = [info.step for info in good if info.step <= oldest_needed]
-        if self._keep_steps:
-            kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
-        kept_good |= self._kept()
-        newest = self._catalogue[-1].step
-        age = max(1, newest - (good[-self._keep_good :] or self._catalogue[-1:])[0].step)
-        while age < 2 * self._reach_steps:
-            # The oldest of each doubling: it is the one that moves on to the next.
-            kept_good |= {i.name for i in [g for g in good if age < newest - g.step <= 2 * age][:1]}
-            age *= 2
-        newest_good_clock = good[-1].clock if good else -1
-        for info in self.entries():
-            is_live_candidate = (
-                info.health is Health.CANDIDATE and info.clock >= newest_good_clock
-            ) or info.clock == self._catalogue[-1].clock
-            if info.name in kept_good or is_live_candidate:
-                continue
+        """Delete what the rules do not keep. Called on all ranks; no collective."""
+        decided = plan(self._catalogue, self.rules, needed=self._kept())
+        if decided.over_budget_bytes and self._world.is_main:
+            logger.warning(
+                "checkpoint.disk_budget=%s cannot be met: what must stay takes %s more; raise it, "
+                "or keep less with checkpoint.keep_every_steps and checkpoint.keep_incidents",
+                size_text(self.rules.budget_bytes or 0),
+                size_text(decided.over_budget_bytes),
+            )
+        for info in [info for info in self._catalogue if info.name in decided.removed]:
             self._catalogue.remove(info)
             if self._world.is_main:
                 # Only renamed: who writes next deletes it, since that takes a disk its time.

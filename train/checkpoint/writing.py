@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from monitoring.checkpoints import sealed
 from train.checkpoint.info import (
     HEALTH,
     MANIFEST,
@@ -204,7 +205,7 @@ class CheckpointWriter:
         write_json(temporary / HEALTH, {"health": str(health), "reason": reason})
         for folder in {path.parent for path in temporary.rglob("*")}:
             fsync_folder(folder)
-        write_json(temporary / MANIFEST, manifest)
+        write_json(temporary / MANIFEST, sealed(manifest))
         final = self._folder / draft.name
         if final.exists():  # an older one of the same clock was corrupt
             final.rename(self._folder / f"replaced-{draft.name}-{os.getpid()}")

@@ -73,9 +73,12 @@ def make(
     def make_it(module_name: str) -> Callback:
         chosen = callback_class(module_name)
         hints = inspect.get_annotations(chosen.__init__, eval_str=True)
-        for name in ("return", "is_data_change"):  # the latter has a default
-            hints.pop(name, None)
-        return chosen(*(parts[getattr(hint, "__origin__", hint)] for hint in hints.values()))
+        needed = [
+            hints[name]
+            for name, parameter in inspect.signature(chosen).parameters.items()
+            if parameter.default is parameter.empty
+        ]
+        return chosen(*(parts[getattr(hint, "__origin__", hint)] for hint in needed))
 
     return make_it
 
