@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from monitoring.clocks import Moment
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import build_trackers
 from train.callbacks.checkpointing import Checkpointing
@@ -58,7 +59,8 @@ _VERDICT_LAG_STEPS = 512
 class Scene:
     """What is known before any part is made.
 
-    `node`: the resolved config as plain containers. `process_start_time`: Unix seconds.
+    `node`: the resolved config as plain containers. `process_start`: of this
+    process, or of this job of a sweep.
     """
 
     config: RunConfig
@@ -69,7 +71,7 @@ class Scene:
     corpora: Mapping[str, Corpus]
     data: RunData
     bad_shards: BadShards
-    process_start_time: float
+    process_start: Moment
 
 
 def assemble(scene: Scene) -> Run:
@@ -238,7 +240,7 @@ def _tracking(scene: Scene, engine: Engine) -> Tracking:
         folder=folder.path,
         run_id=folder.run_id,
         attempt=folder.attempt,
-        process_start_time=scene.process_start_time,
+        process_start=scene.process_start,
         world_size=scene.world.size,
         engine=engine.name,
         host=socket.gethostname(),

@@ -8,10 +8,6 @@ interrupted.
 
 from __future__ import annotations
 
-import time
-
-PROCESS_START_TIME = time.time()
-
 import os
 import re
 import shutil
@@ -80,21 +76,21 @@ def _swept_keys(arguments: list[str]) -> set[str]:
 
 def run_job(node: DictConfig) -> None:
     """Check one composed config and execute it. Called by Hydra, once a job."""
+    from monitoring.clocks import now, process_start
     from train.config import parse_config
     from train.logs import log_to_console
     from train.run_folder import check_folder
 
+    number = HydraConfig.get().job.num if _is_multirun() else 0
+    started = now() if number else process_start()  # a process of its own, or a sweep's next job
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     folder = config.run.folder
     check_folder(folder, plain, overwrite=config.run.overwrite)
     log_to_console()
-    number = HydraConfig.get().job.num if _is_multirun() else 0
     from train.build import execute
 
-    execute(
-        config, plain, job_name=f"{number}-{folder.name}", process_start_time=PROCESS_START_TIME
-    )
+    execute(config, plain, job_name=f"{number}-{folder.name}", process_start=started)
 
 
 def _is_multirun() -> bool:
