@@ -68,7 +68,7 @@ def style_of(name: str) -> str:
 def waterfall_svg(goodput: Goodput, title: str = "", *, is_alone: bool = False) -> str:
     """The picture, 900 pixels wide; classes without time are left out.
 
-    `is_alone`: with a white background, for a file of its own.
+    `is_alone`: with a white background and a name space, for a file of its own.
     """
     wall = goodput.wall_seconds
     rows = [("wall time", wall, 0.0, "")]
@@ -82,8 +82,9 @@ def waterfall_svg(goodput: Goodput, title: str = "", *, is_alone: bool = False) 
     bottom = top + _ROW * len(rows)
     height = bottom + _BOTTOM
     label = title or f"wall time {duration(wall)}, goodput {goodput.goodput:.1%}"
+    namespace = ' xmlns="http://www.w3.org/2000/svg"' if is_alone else ""
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH_PIXELS} {height}" '
+        f'<svg{namespace} viewBox="0 0 {WIDTH_PIXELS} {height}" '
         f'width="{WIDTH_PIXELS}" height="{height}" role="img" aria-label={quoteattr(label)} '
         'style="max-width:100%;height:auto" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">'

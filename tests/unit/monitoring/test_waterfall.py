@@ -11,14 +11,12 @@ from synthetic_run import RunScript
 from monitoring.goodput import Goodput, goodput_of_run
 from monitoring.waterfall import MEANINGS, duration, waterfall_svg, write_waterfall
 
-SVG = "{http://www.w3.org/2000/svg}"
-
 
 def bars(picture: str) -> dict[str, tuple[float, float]]:
     """Return where each bar begins and how long it is, by its label."""
     found = {}
-    for bar in ElementTree.fromstring(picture).iter(f"{SVG}rect"):
-        hint = bar.find(f"{SVG}title")
+    for bar in ElementTree.fromstring(picture).iter("rect"):
+        hint = bar.find("title")
         if hint is not None and hint.text is not None:
             label = hint.text.partition(":")[0]
             found[label] = (float(bar.attrib["x"]), float(bar.attrib["width"]))
