@@ -1,4 +1,4 @@
-"""The classes of a run add up to what a stopwatch beside it says: 1%, and a process's birth and end.
+"""The classes of a run add up to what a stopwatch beside it says, to 1% and a process's end.
 
 The stopwatch is the test's own, around the whole of a run. A machine that is busy may take half a
 second to start or to bury a process, which is no second of a run; on runs of minutes it is nothing.
