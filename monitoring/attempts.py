@@ -100,6 +100,8 @@ class Attempt:
         for start in self.starts:
             if before is None or self._gap(start, before) >= 0:
                 return start
+        if before is not None and self.boot_id and self.boot_id == before.boot_id:
+            return min(before.end, self.end)  # one process that made several attempts
         return self.starts[-1]
 
     def charge(self, seconds: MutableMapping[str, float], *, after: Attempt | None) -> None:

@@ -34,6 +34,14 @@ class Moment:
         return max(0.0, self.uptime_seconds - earlier.uptime_seconds)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """When a job began: its process, or its turn in a process of several; and what launched it."""
+
+    process: Moment
+    launcher: Moment | None = None
+
+
 def now() -> Moment:
     """This moment; time that the host was suspended counts on both clocks."""
     return Moment(unix_seconds=time.time(), uptime_seconds=time.clock_gettime(time.CLOCK_BOOTTIME))
@@ -59,6 +67,9 @@ def process_start(pid: int | None = None) -> Moment:
     return moment.before(max(0.0, age))
 
 
-def launcher_start() -> Moment | None:
-    """When the torchrun that started this process was started, None if there is none."""
-    return process_start(os.getppid()) if "TORCHELASTIC_RUN_ID" in os.environ else None
+def birth() -> Birth:
+    """Of this process: its own start, and that of the torchrun that started it, if one did."""
+    has_launcher = "TORCHELASTIC_RUN_ID" in os.environ
+    return Birth(
+        process=process_start(), launcher=process_start(os.getppid()) if has_launcher else None
+    )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from monitoring.clocks import Moment
+from monitoring.clocks import Birth
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import build_trackers
 from train.callbacks.checkpointing import Checkpointing
@@ -59,8 +59,7 @@ _VERDICT_LAG_STEPS = 512
 class Scene:
     """What is known before any part is made.
 
-    `node`: the resolved config as plain containers. `process_start`: of this
-    process, or of this job of a sweep.
+    `node`: the resolved config as plain containers. `birth`: when this job began.
     """
 
     config: RunConfig
@@ -71,7 +70,7 @@ class Scene:
     corpora: Mapping[str, Corpus]
     data: RunData
     bad_shards: BadShards
-    process_start: Moment
+    birth: Birth
 
 
 def assemble(scene: Scene) -> Run:
@@ -240,7 +239,7 @@ def _tracking(scene: Scene, engine: Engine) -> Tracking:
         folder=folder.path,
         run_id=folder.run_id,
         attempt=folder.attempt,
-        process_start=scene.process_start,
+        birth=scene.birth,
         world_size=scene.world.size,
         engine=engine.name,
         host=socket.gethostname(),

@@ -76,13 +76,14 @@ def _swept_keys(arguments: list[str]) -> set[str]:
 
 def run_job(node: DictConfig) -> None:
     """Check one composed config and execute it. Called by Hydra, once a job."""
-    from monitoring.clocks import now, process_start
+    from monitoring.clocks import Birth, birth, now
     from train.config import parse_config
     from train.logs import log_to_console
     from train.run_folder import check_folder
 
     number = HydraConfig.get().job.num if _is_multirun() else 0
-    started = now() if number else process_start()  # a process of its own, or a sweep's next job
+    # A sweep's second job began when the first one ended.
+    born = Birth(process=now()) if number else birth()
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     folder = config.run.folder
@@ -90,7 +91,7 @@ def run_job(node: DictConfig) -> None:
     log_to_console()
     from train.build import execute
 
-    execute(config, plain, job_name=f"{number}-{folder.name}", process_start=started)
+    execute(config, plain, job_name=f"{number}-{folder.name}", birth=born)
 
 
 def _is_multirun() -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
-from monitoring.clocks import Moment, boot_id, launcher_start, now
+from monitoring.clocks import Birth, boot_id, now
 from monitoring.console import ConsoleProgress, print_summary
 from monitoring.goodput import compute_goodput
 from monitoring.incidents import collect_incidents
@@ -40,7 +40,7 @@ class Telemetry:
     folder: Path
     run_id: str
     attempt: int
-    process_start: Moment
+    birth: Birth
     world_size: int
     engine: str
     host: str
@@ -81,14 +81,14 @@ class Tracking(Callback):
         """Open everything."""
         telemetry = self._telemetry
         self._has_started = True
-        launched = launcher_start()
-        started = telemetry.process_start
+        born, moment = telemetry.birth, now()
+        launcher = None if born.launcher is None else moment.seconds_since(born.launcher)
         self._event(
             "run_start",
             start.state,
-            process_start_time=started.unix_seconds,
-            process_seconds=now().seconds_since(started),
-            launcher_seconds=None if launched is None else now().seconds_since(launched),
+            process_start_time=born.process.unix_seconds,
+            process_seconds=moment.seconds_since(born.process),
+            launcher_seconds=launcher,
             boot_id=boot_id(),
             world_size=telemetry.world_size,
             engine=telemetry.engine,

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from monitoring import clocks
-from monitoring.clocks import Moment, boot_id, launcher_start, now, process_start
+from monitoring.clocks import Moment, birth, boot_id, now, process_start
 
 
 def test_age_is_told_by_the_time_since_boot_alone() -> None:
@@ -42,9 +42,10 @@ def test_process_that_is_gone_began_now() -> None:
 
 def test_launcher_is_the_parent_under_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert launcher_start() is None
+    assert birth().launcher is None
+    assert birth().process.uptime_seconds < now().uptime_seconds
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    found = launcher_start()
+    found = birth().launcher
     assert found is not None
     parent = process_start(os.getppid())
     assert found.uptime_seconds == pytest.approx(parent.uptime_seconds, abs=0.02)

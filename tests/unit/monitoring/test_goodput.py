@@ -316,6 +316,17 @@ def test_launcher_counts_as_start_up_unless_it_has_seen_an_earlier_attempt(
     assert classes(script) == pytest.approx(script.spent)
 
 
+def test_process_that_tries_again_by_itself_is_not_counted_twice(script: RunScript) -> None:
+    script.boot_id = "a"
+    script.start()
+    script.train(10)
+    script.attempt += 1
+    script.start()
+    script.events[-1]["process_seconds"] = script.time - START
+    script.train(10)
+    assert classes(script) == pytest.approx(script.spent)
+
+
 def test_records_of_attempts_may_be_chained_in_any_order(recovered_run: RunScript) -> None:
     def later_first(records: list[Json]) -> list[Json]:
         return sorted(records, key=lambda record: record["attempt"] == 0)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fakes import at
 
-from monitoring.clocks import Moment, boot_id, now
+from monitoring.clocks import Birth, Moment, boot_id, now
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import TrackerConfig
 from train.actions import Note
@@ -85,7 +85,7 @@ def tracking(tmp_path: Path, tracker: ListTracker) -> Tracking:
         folder=tmp_path,
         run_id="r",
         attempt=4,
-        process_start=Moment(unix_seconds=0.0, uptime_seconds=0.0),
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=2,
         engine="ddp",
         host="h",
