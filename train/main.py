@@ -8,6 +8,7 @@ interrupted.
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -147,4 +148,6 @@ def _report(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # to look for what could still be collected takes a process with torch a second
+    sys.exit(exit_code)
