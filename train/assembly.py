@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from monitoring.clocks import Birth
 from monitoring.console import ConsoleProgress
 from monitoring.records import EVENTS_FILE, Record, UnreadableRecordsError, read_json_lines
 from monitoring.retention import RULES_FILE, Rules
@@ -70,7 +71,7 @@ _VERDICT_LAG_STEPS = 512
 class Scene:
     """What is known before any part is made.
 
-    `node`: the resolved config as plain containers. `process_start_time`: Unix seconds.
+    `node`: the resolved config as plain containers. `birth`: when this job began.
     """
 
     config: RunConfig
@@ -81,7 +82,7 @@ class Scene:
     corpora: Mapping[str, Corpus]
     data: RunData
     bad_shards: BadShards
-    process_start_time: float
+    birth: Birth
 
 
 def assemble(scene: Scene) -> Run:
@@ -298,7 +299,7 @@ def _tracking(scene: Scene, engine: Engine) -> Tracking:
         folder=folder.path,
         run_id=folder.run_id,
         attempt=folder.attempt,
-        process_start_time=scene.process_start_time,
+        birth=scene.birth,
         world_size=scene.world.size,
         engine=engine.name,
         host=socket.gethostname(),

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from monitoring.clocks import Birth
 from train.assembly import Scene, assemble
 from train.chaos import inject_into_engine, schedule_of
 from train.data.build import (
@@ -45,9 +46,7 @@ from train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def execute(
-    config: RunConfig, node: Mapping[str, Any], *, job_name: str, process_start_time: float
-) -> None:
+def execute(config: RunConfig, node: Mapping[str, Any], *, job_name: str, birth: Birth) -> None:
     """Run one job from its first to its last step, or from where it was left.
 
     `node`: the resolved config as plain containers, for the run folder. Called on all ranks.
@@ -72,7 +71,7 @@ def execute(
         torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.
-        _execute_in(world, config, node, corpora, data, process_start_time)
+        _execute_in(world, config, node, corpora, data, birth)
 
 
 def _execute_in(
@@ -81,7 +80,7 @@ def _execute_in(
     node: Mapping[str, Any],
     corpora: Mapping[str, Corpus],
     data: RunData,
-    process_start_time: float,
+    birth: Birth,
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
     _agree_on_corpora(world, corpora)
@@ -105,7 +104,7 @@ def _execute_in(
                 corpora=corpora,
                 data=data,
                 bad_shards=bad_shards,
-                process_start_time=process_start_time,
+                birth=birth,
             )
         )
         try:

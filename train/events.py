@@ -107,8 +107,8 @@ class Callback:
         those between that and now, in which it was written beside training.
         """
 
-    def on_checkpoint_failed(self, step: int, reason: str) -> None:
-        """Take note of a checkpoint that could not be written."""
+    def on_checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
+        """Take note of a checkpoint that could not be written, and what the loop waited for it."""
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Take note of a finished rewind; own state was restored before."""
@@ -193,9 +193,9 @@ class Events:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds, background_seconds))
 
-    def checkpoint_failed(self, step: int, reason: str) -> None:
+    def checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
         """Tell all callbacks."""
-        self._tell(lambda callback: callback.on_checkpoint_failed(step, reason))
+        self._tell(lambda callback: callback.on_checkpoint_failed(step, reason, seconds))
 
     def rewound(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

@@ -8,10 +8,7 @@ interrupted.
 
 from __future__ import annotations
 
-import time
-
-PROCESS_START_TIME = time.time()
-
+import gc
 import os
 import re
 import shutil
@@ -80,21 +77,22 @@ def _swept_keys(arguments: list[str]) -> set[str]:
 
 def run_job(node: DictConfig) -> None:
     """Check one composed config and execute it. Called by Hydra, once a job."""
+    from monitoring.clocks import Birth, birth, now
     from train.config import parse_config
     from train.logs import log_to_console
     from train.run_folder import check_folder
 
+    number = HydraConfig.get().job.num if _is_multirun() else 0
+    # A sweep's second job began when the first one ended.
+    born = Birth(process=now()) if number else birth()
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     folder = config.run.folder
     check_folder(folder, plain, overwrite=config.run.overwrite)
     log_to_console()
-    number = HydraConfig.get().job.num if _is_multirun() else 0
     from train.build import execute
 
-    execute(
-        config, plain, job_name=f"{number}-{folder.name}", process_start_time=PROCESS_START_TIME
-    )
+    execute(config, plain, job_name=f"{number}-{folder.name}", birth=born)
 
 
 def _is_multirun() -> bool:
@@ -150,4 +148,6 @@ def _report(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # to look for what could still be collected takes a process with torch a second
+    sys.exit(exit_code)

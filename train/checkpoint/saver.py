@@ -143,7 +143,7 @@ class Saver:
                 "untouched",
                 *(outcome.state.step, outcome.problem),
             )
-            self._events.checkpoint_failed(outcome.state.step, outcome.problem)
+            self._events.checkpoint_failed(outcome.state.step, outcome.problem, seconds)
             return
         self._num_failures = 0
         if info.health is Health.QUARANTINED and self._tiers.ring.holds(info.name):

@@ -13,6 +13,7 @@ import pytest
 from fakes import Process
 
 import train.callbacks
+from monitoring.clocks import Birth, Moment
 from monitoring.console import ConsoleProgress
 from train.callbacks.tracking import Telemetry
 from train.checkpoint.tiers import Tiers
@@ -49,7 +50,7 @@ def make(
         folder=tmp_path,
         run_id="id",
         attempt=0,
-        process_start_time=0.0,
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=1,
         engine="single",
         host="here",

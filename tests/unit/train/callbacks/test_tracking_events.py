@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from fakes import at
 
+from monitoring.clocks import Birth, Moment, boot_id, now
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import TrackerConfig
 from train.actions import Note
 from train.callbacks.tracking import Telemetry, Tracking
+from train.events import RunStart
 from train.recovery.journal import Incident, Phase
 from train.recovery.policy import Rung
 
@@ -83,7 +85,7 @@ def tracking(tmp_path: Path, tracker: ListTracker) -> Tracking:
         folder=tmp_path,
         run_id="r",
         attempt=4,
-        process_start_time=0.0,
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=2,
         engine="ddp",
         host="h",
@@ -184,3 +186,23 @@ def test_snapshot_is_recorded_with_what_the_step_waited(tracking: Tracking, tmp_
     tracking.on_snapshot_taken(at(60), 0.003)
     event = written(tracking, tmp_path)
     assert (event["kind"], event["step"], event["seconds"]) == ("snapshot", 60, 0.003)
+
+
+def test_start_and_end_are_stamped_on_both_clocks(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = now()
+    tracking.on_run_start(
+        RunStart(name="r", state=at(0), last_step=9, num_parameters=1, is_resumed=False)
+    )
+    tracking.close()
+    start, end = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (start["kind"], end["kind"]) == ("run_start", "exit")
+    assert start["boot_id"] == boot_id()
+    assert start["process_seconds"] == pytest.approx(start["uptime"], abs=0.5), "began at boot"
+    assert start["launcher_seconds"] is None
+    for record in (start, end):
+        assert record["uptime"] - before.uptime_seconds == pytest.approx(
+            record["time"] - before.unix_seconds, abs=0.5
+        )

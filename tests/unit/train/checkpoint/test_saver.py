@@ -97,7 +97,7 @@ class Log(Callback):
         self.saved.append(info)
         self.seconds.append((seconds, background_seconds))
 
-    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+    def on_checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
         self.failed.append((step, reason))
 
 
