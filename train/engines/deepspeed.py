@@ -35,6 +35,7 @@ from train.engines.snapshot import (
     HostValues,
     SnapshotCopier,
     state_bytes,
+    state_checksums,
     state_digest,
 )
 from train.engines.staging import num_predictions, stage
@@ -101,6 +102,7 @@ class DeepSpeedEngine:
 
     name = "deepspeed"
     can_veto = False
+    has_replicas = False
     reads_together = False
 
     def __init__(
@@ -228,6 +230,15 @@ class DeepSpeedEngine:
 
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
+        self._put_back(snapshot)
+        self._sample_losses.clear()
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`."""
+        self._put_back(snapshot)
+        self._sample_losses.drop_last()
+
+    def _put_back(self, snapshot: HostSnapshot) -> None:
         self._copier.put_back(snapshot, self._state_tensors())
         optimizer = self._engine.optimizer
         if is_stage_3(optimizer):
@@ -238,7 +249,10 @@ class DeepSpeedEngine:
         for name in _COUNTERS:
             setattr(self._engine, name, int(snapshot.host_values[name][0]))
         optimizer.overflow = False
-        self._sample_losses.clear()
+
+    def state_checksums(self) -> dict[str, int]:
+        """See `Engine.state_checksums`."""
+        return state_checksums(self._state_tensors())
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""

@@ -107,6 +107,7 @@ class Rewinder:
             lr_until_step=action.lr_until_step,
             lr_return_step=action.lr_return_step,
             request=action.request,
+            suspects=action.suspects,
         )
         self._recorder.capture(intent, present)
         self._write(intent)
@@ -155,6 +156,7 @@ class Rewinder:
                 verdict=action.verdict,
                 onset_step=action.onset_step,
                 detected_step=action.detected_step,
+                suspects=action.suspects,
             )
         )
 

@@ -188,7 +188,7 @@ def test_digest_agrees_with_the_checksums_of_a_copy(
     snapshot = copier.take(tensors, {}, None)
     again = [slot_checksum(slot, snapshot.slabs) for slot in snapshot.slots]
     assert again == snapshot.checksums()
-    alone = [snapshot_module._tensor_checksum(tensor).item() for tensor in tensors.values()]
+    alone = [snapshot_module.tensor_checksum(tensor).item() for tensor in tensors.values()]
     assert [checksum & (1 << 64) - 1 for checksum in alone] == again
 
 
