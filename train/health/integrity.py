@@ -12,7 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ class Integrity:
         self._max_rewinds = max_rewinds
         self._sound: TrainState | None = None
         """The last state that was equal on all ranks: found so, or because all began with it."""
-        self._found: Corruption | None = None
+        self._executed_twice: tuple[Corruption | None, float] | None = None
         self._buffers: HostSnapshot | None = None
 
     def execute(self, engine: Engine, step: Callable[[], Tensor], state: TrainState) -> Tensor:
@@ -116,8 +116,8 @@ class Integrity:
         if difference is None:
             signals, second = self._run(engine, step)
             difference = first.difference(second)
-        self._found = self._judge(self._world.gather(difference), state)
-        self._tell(Check.REEXECUTION, self._found, state, started)
+        found = self._judge(self._world.gather(difference), state)
+        self._executed_twice = (found, time.perf_counter() - started)
         return signals
 
     def reviewed(self, wanted: list[Action], engine: Engine, state: TrainState) -> list[Action]:
@@ -125,18 +125,22 @@ class Integrity:
         or, where bits are wrong, what is to be done about that.
         """
         winner = wanted[-1]
-        found, self._found = self._found, None
-        if isinstance(winner, Stop):
-            return wanted
+        found: Corruption | None = None
+        if self._executed_twice is not None:
+            found, seconds = self._executed_twice
+            self._executed_twice = None
+            self._tell(Check.REEXECUTION, found, state, seconds)
         if found is None and self._is_comparison_due(winner, engine, state):
             started = time.perf_counter()
             found = self._compare_replicas(engine, state)
-            self._tell(Check.REPLICAS, found, state, started)
+            self._tell(Check.REPLICAS, found, state, time.perf_counter() - started)
             if found is None:
                 self._sound = state
         if found is None:
             return wanted
-        answer = self._answer(found, state)
+        answer: Action = self._answer(found, state)
+        if isinstance(winner, Stop):  # whoever stops for another reason goes on from what is sound
+            answer = replace(winner, needs_save=False)
         logger.info("%s instead of %s", answer, winner)
         return [*wanted[:-1], answer]
 
@@ -145,7 +149,13 @@ class Integrity:
         if interval is None or not engine.has_replicas or self._world.size == 1:
             return False
         # No checkpoint holds what one rank alone believes, and no data are blamed for a bad rank.
-        is_asked_for = isinstance(winner, Rewind) or (isinstance(winner, Save) and winner.to_disk)
+        match winner:
+            case Save():
+                is_asked_for = winner.to_disk
+            case Stop():
+                return winner.needs_save
+            case _:
+                is_asked_for = isinstance(winner, Rewind)
         is_last = state.step == self._last_step
         return is_asked_for or is_last or state.step % interval == 0
 
@@ -229,11 +239,11 @@ class Integrity:
         return tuple(everywhere[rank] for rank in found.ranks)
 
     def _tell(
-        self, check: Check, found: Corruption | None, state: TrainState, started: float
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
     ) -> None:
         if found is not None:
             logger.error("silent corruption on %s", found.in_words())
-        self._events.integrity_checked(check, found, state, time.perf_counter() - started)
+        self._events.integrity_checked(check, found, state, seconds)
 
     def _target(self, check: Check) -> CheckpointInfo | None:
         """Return the youngest good state from before the corruption, as far as that is known."""

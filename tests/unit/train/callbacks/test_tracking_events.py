@@ -15,6 +15,7 @@ from monitoring.console import ConsoleProgress
 from monitoring.trackers import TrackerConfig
 from train.actions import Note
 from train.callbacks.tracking import Telemetry, Tracking
+from train.health.corruption import Check, Corruption, Vote
 from train.recovery.journal import Incident, Phase
 from train.recovery.policy import Rung
 
@@ -184,3 +185,25 @@ def test_snapshot_is_recorded_with_what_the_step_waited(tracking: Tracking, tmp_
     tracking.on_snapshot_taken(at(60), 0.003)
     event = written(tracking, tmp_path)
     assert (event["kind"], event["step"], event["seconds"]) == ("snapshot", 60, 0.003)
+
+
+def test_search_for_corruption_is_recorded_and_what_it_found_is_shown(
+    tracking: Tracking, tracker: ListTracker, tmp_path: Path
+) -> None:
+    found = Corruption(
+        check=Check.REPLICAS,
+        vote=Vote(ranks=(3,), is_certain=True),
+        places=("node7, cuda:3",),
+        tensors=("w/parameter",),
+        detail="another state",
+    )
+    tracking.on_integrity_check(Check.REPLICAS, None, at(50), 0.01)
+    tracking.on_integrity_check(Check.REPLICAS, found, at(60), 0.02)
+    tracking.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    calm, corrupt = map(json.loads, lines)
+    assert calm["kind"] == corrupt["kind"] == "integrity_check"
+    assert (calm["ranks"], calm["seconds"], calm["step"]) == ([], 0.01, 50)
+    assert (corrupt["ranks"], corrupt["tensors"]) == ([3], ["w/parameter"])
+    words = "silent corruption: rank 3 (node7, cuda:3): another state"
+    assert tracker.events == [("corruption", words, 60)]

@@ -106,6 +106,7 @@ def begin(integrity: Any, engine: Any, step: int) -> None:
         (51, Save(reason="due", to_disk=False, to_memory=True), False),
         (51, rewind_to(40), True),
         (50, Stop(reason="enough", needs_save=False), False),
+        (51, Stop(reason="preempted", needs_save=True), True),
         (LAST_STEP, Continue(), True),
     ],
 )
@@ -179,6 +180,16 @@ def test_finding_wins_over_the_rewind_that_a_spike_asks_for(tmp_path: Path) -> N
     ranks.answers = {1: wrong}
     (answer,) = integrity.reviewed([rewind_to(40)], process.engine, at(58))
     assert answer.rule == "integrity" and answer.skip_amount == 0
+
+
+def test_stop_for_another_reason_does_not_save_what_is_wrong(tmp_path: Path) -> None:
+    process, ranks, _ = process_of(tmp_path, 3)
+    integrity = process.integrity(last_step=LAST_STEP, replica_check_interval_steps=25)
+    begin(integrity, process.engine, 50)
+    ranks.answers = {1: wrong}
+    stop = Stop(reason="preempted", needs_save=True)
+    (answer,) = integrity.reviewed([stop], process.engine, at(58))
+    assert answer == replace(stop, needs_save=False)
 
 
 def test_place_that_was_named_before_stops_the_run(tmp_path: Path) -> None:
