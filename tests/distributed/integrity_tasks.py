@@ -103,19 +103,24 @@ def _config(
 def undisturbed(folder: str, name: str, kind: str, zero_stage: int, precision: str) -> None:
     """Train with all checks at every step, and without any."""
     config = _config(kind, zero_stage, precision, micro=1)
+    always = {"replica_check_interval_steps": 1, "reexecution_interval_steps": 1}
+
+    def train(world: World, settings: dict[str, Any]) -> dict[str, Any]:
+        task = Task(Path(folder), name, config, world, **settings)
+        for _ in range(NUM_STEPS):
+            task.step()
+        return task.facts()
+
     with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
-        always = {"replica_check_interval_steps": 1, "reexecution_interval_steps": 1}
         for label, settings in (("checked", always), ("plain", {})):
-            task = Task(Path(folder), name, config, world, **settings)
-            for _ in range(NUM_STEPS):
-                task.step()
-            found[label] = task.facts()
+            found[label] = train(world, settings)
 
 
 def replicas(folder: str, name: str, wrong_rank: int, bit: int, keeps_snapshot: bool) -> None:
     """Turn one bit of one weight over, on one rank, between two steps."""
     config = _config("ddp")
-    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+
+    def train(world: World) -> dict[str, Any]:
         task = Task(Path(folder), name, config, world, replica_check_interval_steps=4)
         if keeps_snapshot:
             extra = {"ledger": [], "callbacks": {}}
@@ -125,21 +130,27 @@ def replicas(folder: str, name: str, wrong_rank: int, bit: int, keeps_snapshot: 
                 weight = dict(task.engine.model.named_parameters())["blocks.1.mlp.down.weight"]
                 weight.detach().view(-1).view(torch.int32)[7] ^= 1 << bit
             task.step()
-        found |= task.facts()
-        found["suspects"] = len(getattr(task.answers[-1], "suspects", ()))
+        return {**task.facts(), "suspects": len(getattr(task.answers[-1], "suspects", ()))}
+
+    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+        found |= train(world)
 
 
 def wrong_once(folder: str, name: str, kind: str, wrong_rank: int, where: str) -> None:
     """Let one rank compute one thing otherwise, in the first of two executions of a step."""
     config = _config(kind)
     config = replace(config, optim=replace(config.optim, max_grad_norm=None))
-    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+
+    def train(world: World) -> dict[str, Any]:
         task = Task(Path(folder), name, config, world, reexecution_interval_steps=2)
         for step in range(NUM_STEPS):
             if step == WRONG_STEP and world.rank == wrong_rank:
                 task.engine.step = _otherwise_once(task.engine, WHERE[where])
             task.step()
-        found |= task.facts()
+        return task.facts()
+
+    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+        found |= train(world)
 
 
 def _otherwise_once(engine: Any, disturb: Callable[[Any], Callable[[], None]]) -> Any:

@@ -241,7 +241,7 @@ class Integrity:
     def _tell(
         self, check: Check, found: Corruption | None, state: TrainState, seconds: float
     ) -> None:
-        if found is not None:
+        if found is not None and self._world.is_main:
             logger.error("silent corruption on %s", found.in_words())
         self._events.integrity_checked(check, found, state, seconds)
 
