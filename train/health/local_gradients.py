@@ -48,7 +48,8 @@ def watch(model: nn.Module) -> Iterator[LocalGradients]:
             if id(parameter) not in seen and parameter.requires_grad and torch.is_grad_enabled():
                 seen[id(parameter)] = parameter  # one hook, whoever shares it, in all micro-batches
                 full_name = f"{prefix}.{name}" if prefix else name
-                handles.append(parameter.register_hook(partial(found.add, full_name)))
+                take_up = partial(found.add, full_name)
+                handles.append(parameter.register_hook(take_up))  # type: ignore[no-untyped-call]  # torch lacks the annotation
 
     for prefix, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(partial(before_forward, prefix)))
