@@ -101,8 +101,8 @@ class DeepSpeedEngine:
     """A model under DeepSpeed's own engine."""
 
     name = "deepspeed"
-    can_veto = False
     has_replicas = False
+    can_veto = False
     reads_together = False
 
     def __init__(

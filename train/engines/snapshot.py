@@ -63,15 +63,6 @@ class HostSnapshot:
         """
         return self._checksums.result()
 
-    def tensor(self, name: str) -> Tensor:
-        """Return a copy of one tensor; waits until the copy is done and summed."""
-        self.wait()
-        slot = next(slot for slot in self.slots if slot.name == name)
-        flat = torch.empty(slot.num_bytes, dtype=torch.uint8)
-        for start, piece in _pieces(slot, self.slabs):
-            flat[start : start + len(piece)] = piece
-        return flat.view(slot.dtype).view(slot.shape)
-
     def wait(self) -> None:
         """Wait until the copy is done and summed, or has failed."""
         wait([self._checksums])
@@ -157,6 +148,22 @@ class SnapshotCopier:
         return slabs
 
 
+def tensor_of(snapshot: HostSnapshot, name: str) -> Tensor:
+    """Return a copy of one tensor of a snapshot; waits until that is done and summed."""
+    snapshot.wait()
+    slot = next(slot for slot in snapshot.slots if slot.name == name)
+    flat = torch.empty(slot.num_bytes, dtype=torch.uint8)
+    for start, piece in _pieces(slot, snapshot.slabs):
+        flat[start : start + len(piece)] = piece
+    return flat.view(slot.dtype).view(slot.shape)
+
+
+def state_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return what `slot_checksum` returns for a copy of each of `tensors`. A host sync."""
+    sums = torch.stack([tensor_checksum(tensor) for tensor in tensors.values()]).tolist()
+    return {name: total & _WORD_MASK for name, total in zip(tensors, sums, strict=True)}
+
+
 def state_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Return the host memory that a snapshot of `tensors` takes."""
     return _padded_bytes(_layout(tensors))
@@ -170,12 +177,6 @@ def state_digest(tensors: Mapping[str, Tensor]) -> str:
         line = f"{slot.name} {slot.shape} {slot.dtype} {sums[slot.name]:016x}\n"
         digest.update(line.encode())
     return digest.hexdigest()
-
-
-def state_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return what `slot_checksum` returns for a copy of each of `tensors`. A host sync."""
-    sums = torch.stack([tensor_checksum(tensor) for tensor in tensors.values()]).tolist()
-    return {name: total & _WORD_MASK for name, total in zip(tensors, sums, strict=True)}
 
 
 def slot_checksum(slot: Slot, slabs: Sequence[Tensor]) -> int:

@@ -76,10 +76,10 @@ class TorchEngine:
     `is_sharded`: each rank holds a part of every gradient.
     """
 
+    has_replicas = False
     can_veto = True
     reads_together = True
     can_snapshot = True
-    has_replicas = False
     checkpoint_format = "dcp"
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What keeps a run alive: signals, hangs, stragglers, corruption."""
+"""What keeps a run alive when processes, hosts and launchers fail."""

@@ -22,7 +22,7 @@ from train.checkpoint.info import CheckpointInfo
 from train.checkpoint.tiers import Tiers
 from train.distributed import World
 from train.engines.base import Engine
-from train.engines.snapshot import HostSnapshot
+from train.engines.snapshot import HostSnapshot, tensor_of
 from train.engines.update_norm import local_part
 from train.errors import CorruptCheckpointError
 from train.events import Events
@@ -315,6 +315,6 @@ def _furthest(engine: Engine, snapshot: HostSnapshot, names: list[str]) -> float
     furthest = 0.0
     for name in names:
         now = local_part(parameters[name]).cpu()
-        distance = (now - snapshot.tensor(name)).abs().nan_to_num(nan=torch.inf).max()
+        distance = (now - tensor_of(snapshot, name)).abs().nan_to_num(nan=torch.inf).max()
         furthest = max(furthest, float(distance))
     return furthest

@@ -150,13 +150,13 @@ class Rewinder:
             replace(
                 record,
                 code=action.code,
+                suspects=action.suspects,
                 rule=action.rule,
                 incident=action.incident,
                 attempt=action.attempt,
                 verdict=action.verdict,
                 onset_step=action.onset_step,
                 detected_step=action.detected_step,
-                suspects=action.suspects,
             )
         )
 

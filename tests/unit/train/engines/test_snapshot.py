@@ -212,6 +212,6 @@ def test_each_tensor_of_a_snapshot_can_be_looked_at(
     tensors = state()
     snapshot = copier.take(tensors, {}, None)
     for name, tensor in tensors.items():
-        found = snapshot.tensor(name)
+        found = snapshot_module.tensor_of(snapshot, name)
         assert found.shape == tensor.shape and found.dtype == tensor.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
