@@ -136,7 +136,7 @@ def replicas(folder: str, name: str, wrong_rank: int, bit: int, keeps_snapshot: 
         found |= train(world)
 
 
-def wrong_once(folder: str, name: str, kind: str, wrong_rank: int, where: str) -> None:
+def wrong_once(folder: str, name: str, kind: str, wrong_rank: int) -> None:
     """Let one rank compute one thing otherwise, in the first of two executions of a step."""
     config = _config(kind)
     config = replace(config, optim=replace(config.optim, max_grad_norm=None))
@@ -144,8 +144,8 @@ def wrong_once(folder: str, name: str, kind: str, wrong_rank: int, where: str) -
     def train(world: World) -> dict[str, Any]:
         task = Task(Path(folder), name, config, world, reexecution_interval_steps=2)
         for step in range(NUM_STEPS):
-            if step == WRONG_STEP and world.rank == wrong_rank:
-                task.engine.step = _otherwise_once(task.engine, WHERE[where])
+            if step in WRONG and world.rank == wrong_rank:
+                task.engine.step = _otherwise_once(task.engine, WRONG[step])
             task.step()
         return task.facts()
 
@@ -191,4 +191,4 @@ def _in_update(engine: Any) -> Callable[[], None]:
     return lambda: setattr(engine, "_update", update)
 
 
-WHERE = {"forward": _in_forward, "backward": _in_backward, "update": _in_update}
+WRONG = {3: _in_forward, 5: _in_backward, 7: _in_update}

@@ -11,13 +11,20 @@ from engine_names import kind_and_stage
 Ask = Callable[..., list[dict[str, Any]]]
 
 TENSOR = "blocks.1.mlp.down.weight/parameter"
-SIGN, TOP_OF_MANTISSA, LOWEST = 31, 22, 0
+TOP_OF_EXPONENT, LOWEST = 30, 0
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("engine", "num_ranks"),
-    [("single", 1), ("ddp", 2), ("fsdp", 2), ("deepspeed-zero1", 2), ("deepspeed-zero3", 2)],
+    ("engine", "num_ranks", "precision"),
+    [
+        ("single", 1, "bf16"),
+        ("ddp", 2, "fp32"),
+        ("ddp", 2, "bf16"),
+        ("fsdp", 2, "fp32"),
+        ("fsdp", 2, "bf16"),
+        ("deepspeed-zero1", 2, "bf16"),
+        ("deepspeed-zero3", 2, "fp32"),
+    ],
 )
 def test_checks_at_each_step_change_nothing_and_raise_no_alarm(
     engine: str, num_ranks: int, precision: str, ask: Ask
@@ -40,15 +47,14 @@ def test_rank_of_three_that_holds_another_bit_is_named_with_the_tensor(ask: Ask)
 
 
 def test_two_ranks_are_both_named_if_nothing_speaks_for_one(ask: Ask) -> None:
-    for keeps in (False, True):
-        ranks = ask("integrity_tasks:replicas", f"replicas-2-{keeps}", 2, 1, LOWEST, keeps)
-        reason = ranks[0]["reasons"][-1]
-        assert "ranks 0 (" in reason and ", 1 (" in reason and TENSOR in reason
-        assert "which of them is not known" in reason
+    ranks = ask("integrity_tasks:replicas", "replicas-2", 2, 1, LOWEST, True)
+    reason = ranks[0]["reasons"][-1]
+    assert "ranks 0 (" in reason and ", 1 (" in reason and TENSOR in reason
+    assert "which of them is not known" in reason
 
 
 def test_of_two_ranks_the_one_is_named_whose_weight_has_jumped(ask: Ask) -> None:
-    ranks = ask("integrity_tasks:replicas", "replicas-2-jump", 2, 1, 30, True)
+    ranks = ask("integrity_tasks:replicas", "replicas-2-jump", 2, 1, TOP_OF_EXPONENT, True)
     for rank in ranks:
         assert rank["answers"][-1] == "Rewind"
         assert "silent corruption: rank 1 (" in rank["reasons"][-1]
@@ -56,29 +62,19 @@ def test_of_two_ranks_the_one_is_named_whose_weight_has_jumped(ask: Ask) -> None
         assert rank["suspects"] == 1
 
 
-@pytest.mark.parametrize(
-    ("where", "words"),
-    [("forward", "other losses of its samples"), ("backward", "other gradients (")],
-)
 @pytest.mark.parametrize(("engine", "num_ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
-def test_rank_that_computes_otherwise_is_named(
-    engine: str, num_ranks: int, where: str, words: str, ask: Ask
-) -> None:
-    wrong = num_ranks - 1
-    name = f"wrong-{where}-{engine}"
-    for rank in ask("integrity_tasks:wrong_once", name, num_ranks, engine, wrong, where):
-        assert rank["answers"].count("Continue") == len(rank["answers"]) - 1
-        (reason,) = filter(None, rank["reasons"])
-        assert f"silent corruption: rank {wrong} (" in reason
-        assert f"step 6 came out otherwise when it was executed again: {words}" in reason
-
-
-@pytest.mark.parametrize(("engine", "num_ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
-def test_rank_whose_optimizer_computes_otherwise_is_named(
+def test_rank_that_computes_otherwise_is_named_with_what_it_was(
     engine: str, num_ranks: int, ask: Ask
 ) -> None:
     wrong = num_ranks - 1
-    name = f"wrong-update-{engine}"
-    for rank in ask("integrity_tasks:wrong_once", name, num_ranks, engine, wrong, "update"):
-        (reason,) = filter(None, rank["reasons"])
-        assert f"rank {wrong} (" in reason and "another state after the update (" in reason
+    for rank in ask("integrity_tasks:wrong_once", f"wrong-{engine}", num_ranks, engine, wrong):
+        reasons = {step: why for step, why in enumerate(rank["reasons"], start=1) if why}
+        assert all(f"silent corruption: rank {wrong} (" in why for why in reasons.values())
+        assert list(reasons) == [4, 6, 8]
+        expected = [
+            "other losses of its samples and other gradients (",
+            "other gradients (",
+            "another state after the update (",
+        ]
+        for (step, why), words in zip(reasons.items(), expected, strict=True):
+            assert f"step {step} came out otherwise when it was executed again: {words}" in why
