@@ -28,13 +28,14 @@ from train.data.validation import Validation
 from train.distributed import World
 from train.engines.snapshot import HostSnapshot, SnapshotCopier
 from train.events import Callback, Events
+from train.health.integrity import Integrity
 from train.loop import Run
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Incident, Journal
 from train.recovery.rewind import Rewinder
 from train.schedule import Schedule
-from train.settings import Decay, ScheduleSettings
+from train.settings import Decay, IntegritySettings, OnMismatch, ScheduleSettings
 from train.state import TrainState
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -65,6 +66,7 @@ class NumberEngine:
     name = "number"
     can_veto = True
     can_snapshot = True
+    has_replicas = False
     reads_together = True
     writes_staged = True
     checkpoint_format = "number"
@@ -112,6 +114,12 @@ class NumberEngine:
     def restore(self, snapshot: HostSnapshot) -> None:
         self.num_restores += 1
         self._copier.put_back(snapshot, {"number": self._tensor})
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        self._copier.put_back(snapshot, {"number": self._tensor})
+
+    def state_checksums(self) -> dict[str, int]:
+        return {"number": self.number}
 
     def state_digest(self) -> str:
         return str(self.number)
@@ -280,10 +288,28 @@ class Process:
             saver=self.saver,
             history=self.history,
             rewinder=self.rewinder,
+            integrity=self.integrity(last_step=last_step),
             inbox=self.inbox,
             last_step=last_step,
             saves_at_start=False,
             saves_at_end=False,
+        )
+
+    def integrity(self, *, last_step: int, max_rewinds: int = 5, **settings: Any) -> Integrity:
+        """Return the checks of the run, none of which is made unless `settings` say so."""
+        chosen: dict[str, Any] = {
+            "replica_check_interval_steps": None,
+            "reexecution_interval_steps": None,
+            "on_mismatch": OnMismatch.REWIND,
+        }
+        return Integrity(
+            IntegritySettings(**{**chosen, **settings}),
+            world=self.world,
+            tiers=self.tiers,
+            history=self.history,
+            events=self.events,
+            last_step=last_step,
+            max_rewinds=max_rewinds,
         )
 
     def ask(self, name: str, **fields: object) -> Path:

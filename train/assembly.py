@@ -48,7 +48,9 @@ from train.durable import write_json
 from train.engines.base import Engine
 from train.engines.build import build_engine
 from train.engines.staging import host_buffer
+from train.errors import ConfigError
 from train.events import Callback, Events
+from train.health.integrity import Integrity
 from train.loop import Run
 from train.models.decoder import flops_per_token
 from train.recovery.capsule import Capsules
@@ -138,6 +140,7 @@ def assemble(scene: Scene) -> Run:
             world=world,
             recorder=capsules,
         ),
+        integrity=_integrity(config, engine, tiers, history, events, world),
         inbox=_inbox(config, folder, tiers, schedule, history, world),
         last_step=config.run.steps,
         saves_at_start=config.checkpoint.save_at_start,
@@ -197,6 +200,33 @@ def _inbox(
         sequence_length=config.data.sequence_length,
         near_steps=2 * config.checkpoint.longest_interval_steps,
         world=world,
+    )
+
+
+def _integrity(
+    config: RunConfig,
+    engine: Engine,
+    tiers: Tiers,
+    history: RecoveryHistory,
+    events: Events,
+    world: World,
+) -> Integrity:
+    interval = config.integrity.reexecution_interval_steps
+    if interval is not None and not engine.can_snapshot:
+        raise ConfigError(
+            [
+                f"integrity.reexecution_interval_steps={interval} takes a step back by a snapshot "
+                "in host memory, which the settings of engine.deepspeed rule out; set it to null"
+            ]
+        )
+    return Integrity(
+        config.integrity,
+        world=world,
+        tiers=tiers,
+        history=history,
+        events=events,
+        last_step=config.run.steps,
+        max_rewinds=config.recovery.max_rewinds,
     )
 
 

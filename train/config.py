@@ -41,6 +41,7 @@ FREE_KEYS = (
     "tracker.",
     "callbacks.",
     "cluster.",
+    "integrity.",
     "recovery.",
     "data.paths",  # their digests are compared instead
     "data.read_ahead_batches",
@@ -136,6 +137,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _file_problems(config)
     yield from data_problems(config.data)
     yield from _recovery_problems(config)
+    yield from _integrity_problems(config)
     yield from _chaos_problems(config, world_size)
     yield from cluster_problems(config.cluster)
 
@@ -309,6 +311,15 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
             )
 
 
+def _integrity_problems(config: RunConfig) -> Iterator[str]:
+    interval = config.integrity.reexecution_interval_steps
+    if interval is not None and not config.run.is_deterministic:
+        yield (
+            f"integrity.reexecution_interval_steps={interval} needs run.is_deterministic=true: "
+            "otherwise sound hardware gives other bits too; set it, or null for the interval"
+        )
+
+
 def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
     chaos = config.chaos
     if chaos.kind is ChaosKind.NONE:
@@ -327,9 +338,10 @@ def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             f"chaos.start={chaos.start} lies behind the last step, run.steps={config.run.steps}: "
             "it would never strike; set it earlier"
         )
-    if chaos.kind is ChaosKind.BIT_FLIP and config.engine.kind is EngineKind.DEEPSPEED:
+    flips = (ChaosKind.BIT_FLIP, ChaosKind.QUIET_BIT_FLIP)
+    if chaos.kind in flips and config.engine.kind is EngineKind.DEEPSPEED:
         yield (
-            "chaos.kind=bit_flip is impossible with engine=deepspeed: it keeps copies of the "
+            f"chaos.kind={chaos.kind} is impossible with engine=deepspeed: it keeps copies of the "
             "weights of its own, which would undo the flip; use engine=ddp or fsdp"
         )
     if chaos.kind in (ChaosKind.LR_SHOCK, ChaosKind.SLOW_DIVERGENCE) and chaos.factor == 1:

@@ -10,6 +10,7 @@
         on_rewind(incident, state)          own state was restored before
         on_ledger_change(incident, state)   an operator's skip or return
         on_evaluation(evaluation, state)    held-out losses, on their schedule and at the end
+        on_integrity_check(check, found)    replicas were compared, or a step executed twice
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
@@ -30,6 +31,7 @@ from typing import TypeVar
 from train.actions import Action, Note
 from train.checkpoint.info import CheckpointInfo
 from train.data.validation import Evaluation
+from train.health.corruption import Check, Corruption
 from train.recovery.detector import Verdict
 from train.recovery.journal import Incident
 from train.signals import Gate, StepReport
@@ -119,6 +121,11 @@ class Callback:
     def on_evaluation(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
         """Take note of the held-out losses of a state, and of how long they took."""
 
+    def on_integrity_check(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Take note of a search for silent corruption, and of what it found, if anything."""
+
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
 
@@ -182,6 +189,12 @@ class Events:
     def evaluated(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_evaluation(evaluation, state, seconds))
+
+    def integrity_checked(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_integrity_check(check, found, state, seconds))
 
     def snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

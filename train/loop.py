@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
 from train.checkpoint.info import Health
@@ -17,6 +18,7 @@ from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
 from train.errors import DataEndError
 from train.events import Events
+from train.health.integrity import Integrity
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.rewind import Rewinder
@@ -40,6 +42,7 @@ class Run:
     saver: Saver
     history: RecoveryHistory
     rewinder: Rewinder
+    integrity: Integrity
     inbox: Inbox
     last_step: int
     saves_at_start: bool
@@ -77,7 +80,8 @@ def train(run: Run, state: TrainState) -> Ending:
             return _stop(run, state, _out_of_data(error, run, state))
         gate = run.events.gate()
         step_started = time.perf_counter()
-        signals = run.engine.step(
+        step = partial(
+            run.engine.step,
             batch.rows,
             layout=batch.layout,
             num_tokens=batch.num_tokens,
@@ -85,6 +89,7 @@ def train(run: Run, state: TrainState) -> Ending:
             gate=gate,
             flag=run.inbox.is_waiting() or run.saver.has_news(),
         )
+        signals = run.integrity.execute(run.engine, step, state)
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
         ready = reports.push(
             state,
@@ -98,7 +103,8 @@ def train(run: Run, state: TrainState) -> Ending:
             is_flushed=state.step == run.last_step or run.events.needs_current(state.step),
         )
         stepped = state
-        for action in _wanted([run.events.after_update(report) for report in ready]):
+        wanted = _wanted([run.events.after_update(report) for report in ready])
+        for action in run.integrity.reviewed(wanted, run.engine, state):
             if isinstance(action, Stop):
                 return _stop(run, state, action)
             state = _perform(run, state, action, reports)

@@ -284,6 +284,23 @@ class CallbackSettings:
     names: tuple[str, ...]
 
 
+class OnMismatch(StrEnum):
+    """What follows when bits are wrong."""
+
+    REWIND = "rewind"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegritySettings:
+    """`integrity`: how often replicas are compared and steps executed twice; null: never."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    replica_check_interval_steps: Count | None
+    reexecution_interval_steps: Count | None
+    on_mismatch: OnMismatch
+
+
 class ChaosKind(StrEnum):
     """Faults that can be put into a run on purpose."""
 
@@ -291,6 +308,7 @@ class ChaosKind(StrEnum):
     BAD_DATA = "bad_data"
     LR_SHOCK = "lr_shock"
     BIT_FLIP = "bit_flip"
+    QUIET_BIT_FLIP = "quiet_bit_flip"
     NAN_ON_ONE_RANK = "nan_on_one_rank"
     SLOW_DIVERGENCE = "slow_divergence"
     LEVEL_SHIFT = "level_shift"
@@ -328,5 +346,6 @@ class RunConfig:
     recovery: RecoverySettings
     tracker: TrackerConfig
     callbacks: CallbackSettings
+    integrity: IntegritySettings
     chaos: ChaosSettings
     cluster: ClusterConfig

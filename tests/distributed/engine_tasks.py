@@ -59,6 +59,8 @@ def base_config(*, device: str = "cpu") -> RunConfig:
         "model.num_heads=2",
         "model.vocab_size=257",
         "tokenizer=bytes",
+        "schedule.batch_samples=12",  # divides among 1 to 4 ranks; batches come from below
+        "schedule.batch_ramp_steps=0",
     ]
     OmegaConf.register_new_resolver("run_name", lambda: "engine", replace=True)
     OmegaConf.register_new_resolver("scratch_dir", lambda: ".", replace=True)

@@ -24,6 +24,7 @@ from train.checkpoint.info import CheckpointInfo
 from train.data.validation import Evaluation
 from train.durable import write_json
 from train.events import Callback, CallbackPhase, RunStart
+from train.health.corruption import Check, Corruption
 from train.recovery.journal import Incident
 from train.signals import StepReport
 from train.state import TrainState
@@ -242,6 +243,19 @@ class Tracking(Callback):
         self._console.message(
             f"step {state.step:,}: validation loss {evaluation.loss_nats:.3f} nats{detail}"
         )
+
+    def on_integrity_check(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Record a check, and show what it found."""
+        ranks = [] if found is None else list(found.vote.ranks)
+        tensors = [] if found is None else list(found.tensors)
+        text = "" if found is None else found.in_words()
+        fields = {"check": str(check), "ranks": ranks, "tensors": tensors, "reason": text}
+        self._event("integrity_check", state, seconds=seconds, **fields)
+        if found is not None:
+            words = f"silent corruption: {text}"
+            self._tell("corruption", words, f"corruption at {state.step}", state)
 
     def on_note(self, note: Note, state: TrainState) -> None:
         """Record what was borne or observed, and show what was observed."""

@@ -117,6 +117,10 @@ class SnapshotRing:
         """True if the ring holds the state of that name."""
         return any(slot.info.name == name for slot in self._slots)
 
+    def peek(self, name: str) -> HostSnapshot | None:
+        """Return this rank's part of a state, None if the ring does not hold it. No collective."""
+        return next((slot.tensors for slot in self._slots if slot.info.name == name), None)
+
     def restore(self, name: str) -> dict[str, Any]:
         """Bring a state back into the engine and return its extra state. A collective.
 

@@ -45,6 +45,8 @@ class Engine(Protocol):
     """Whether a bad update can be refused on the device."""
     can_snapshot: bool
     """Whether `snapshot` and `restore` work with these settings."""
+    has_replicas: bool
+    """Whether every rank holds the whole state, and all of them the same bits."""
     reads_together: bool
     """Whether `load` fails on all ranks if it fails on one."""
     writes_staged: bool
@@ -125,6 +127,18 @@ class Engine(Protocol):
 
         Raises: CorruptCheckpointError, naming the tensor, if a byte of the snapshot has changed;
         CheckpointError if it is of another engine. This rank's state is then as it was.
+        """
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """Take back the last step, before which `snapshot` was taken, as if it had not been.
+
+        As `restore`, but the sample losses of the steps before are kept.
+        """
+
+    def state_checksums(self) -> dict[str, int]:
+        """Return a checksum of each tensor of this rank's state, by name; one flipped bit shows.
+
+        A host sync; no collective.
         """
 
     def state_digest(self) -> str:

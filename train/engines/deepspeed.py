@@ -42,6 +42,7 @@ from train.engines.snapshot import (
     SnapshotCopier,
     is_finite,
     state_bytes,
+    state_checksums,
     state_digest,
 )
 from train.engines.staging import num_predictions, stage
@@ -143,6 +144,7 @@ class DeepSpeedEngine:
     """A model under DeepSpeed's own engine."""
 
     name = "deepspeed"
+    has_replicas = False
     can_veto = False
     writes_staged = False
 
@@ -307,6 +309,15 @@ class DeepSpeedEngine:
 
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
+        self._put_back(snapshot)
+        self._sample_losses.clear()
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`."""
+        self._put_back(snapshot)
+        self._sample_losses.drop_last()
+
+    def _put_back(self, snapshot: HostSnapshot) -> None:
         self._copier.put_back(snapshot, self._state_tensors())
         optimizer = self._engine.optimizer
         if is_stage_3(optimizer):
@@ -317,7 +328,10 @@ class DeepSpeedEngine:
         for name in _COUNTERS:
             setattr(self._engine, name, int(snapshot.host_values[name][0]))
         optimizer.overflow = False
-        self._sample_losses.clear()
+
+    def state_checksums(self) -> dict[str, int]:
+        """See `Engine.state_checksums`."""
+        return state_checksums(self._state_tensors())
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""

@@ -173,6 +173,22 @@ class SnapshotCopier:
         return slabs
 
 
+def tensor_of(snapshot: HostSnapshot, name: str) -> Tensor:
+    """Return a copy of one tensor of a snapshot; waits until that is done and summed."""
+    snapshot.wait()
+    slot = next(slot for slot in snapshot.slots if slot.name == name)
+    flat = torch.empty(slot.num_bytes, dtype=torch.uint8)
+    for start, piece in _pieces(slot, snapshot.slabs):
+        flat[start : start + len(piece)] = piece
+    return flat.view(slot.dtype).view(slot.shape)
+
+
+def state_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return what `slot_checksum` returns for a copy of each of `tensors`. A host sync."""
+    sums = torch.stack([tensor_checksum(tensor) for tensor in tensors.values()]).tolist()
+    return {name: total & _WORD_MASK for name, total in zip(tensors, sums, strict=True)}
+
+
 def state_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Return the host memory that a snapshot of `tensors` takes."""
     return _padded_bytes(_layout(tensors))
@@ -180,10 +196,10 @@ def state_bytes(tensors: Mapping[str, Tensor]) -> int:
 
 def state_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 over the names, shapes, types and checksums of `tensors`. A host sync."""
-    sums = torch.stack([_tensor_checksum(tensor) for tensor in tensors.values()]).tolist()
+    sums = state_checksums(tensors)
     digest = hashlib.sha256()
-    for slot, checksum in zip(_layout(tensors), sums, strict=True):
-        line = f"{slot.name} {slot.shape} {slot.dtype} {checksum & _WORD_MASK:016x}\n"
+    for slot in _layout(tensors):
+        line = f"{slot.name} {slot.shape} {slot.dtype} {sums[slot.name]:016x}\n"
         digest.update(line.encode())
     return digest.hexdigest()
 
@@ -211,7 +227,7 @@ def _copied_checksums(
     return [slot_checksum(slot, slabs) for slot in slots]
 
 
-def _tensor_checksum(tensor: Tensor) -> Tensor:
+def tensor_checksum(tensor: Tensor) -> Tensor:
     """Return what `slot_checksum` returns for a copy of `tensor`, signed, on its device."""
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for start in range(0, tensor.nbytes, _CLONE_BYTES):

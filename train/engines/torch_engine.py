@@ -25,7 +25,13 @@ from train.distributed import World
 from train.engines.dcp import DcpWrite, accept_lone_process, catchable
 from train.engines.optimizer import MOMENTS
 from train.engines.rank_signals import SampleLosses, own_signals
-from train.engines.snapshot import HostSnapshot, SnapshotCopier, state_bytes, state_digest
+from train.engines.snapshot import (
+    HostSnapshot,
+    SnapshotCopier,
+    state_bytes,
+    state_checksums,
+    state_digest,
+)
 from train.engines.staging import num_predictions, stage
 from train.engines.update_norm import UpdateNorm, local_part
 from train.models.decoder import Decoder, num_parameters
@@ -69,6 +75,7 @@ class TorchEngine:
     `is_sharded`: each rank holds a part of every gradient.
     """
 
+    has_replicas = False
     can_veto = True
     reads_together = True
     can_snapshot = True
@@ -260,11 +267,23 @@ class TorchEngine:
 
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
+        self._put_back(snapshot)
+        self._sample_losses.clear()
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`."""
+        self._put_back(snapshot)
+        self._sample_losses.drop_last()
+
+    def _put_back(self, snapshot: HostSnapshot) -> None:
         self._copier.put_back(snapshot, self._state_tensors())
         lrs = snapshot.host_values["lr"]
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        self._sample_losses.clear()
+
+    def state_checksums(self) -> dict[str, int]:
+        """See `Engine.state_checksums`."""
+        return state_checksums(self._state_tensors())
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""

@@ -109,6 +109,7 @@ class Rewinder:
             lr_until_step=action.lr_until_step,
             lr_return_step=action.lr_return_step,
             request=action.request,
+            suspects=action.suspects,
         )
         self._recorder.capture(intent, present)
         self._write(intent)
@@ -151,6 +152,7 @@ class Rewinder:
             replace(
                 record,
                 code=action.code,
+                suspects=action.suspects,
                 rule=action.rule,
                 incident=action.incident,
                 attempt=action.attempt,

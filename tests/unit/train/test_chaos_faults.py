@@ -292,7 +292,7 @@ def test_each_micro_batch_of_such_a_step_is_nan(config_of: ConfigOf) -> None:
 
 # Rank, clock, replay.
 
-ENGINE_KINDS = [ChaosKind.BIT_FLIP, ChaosKind.NAN_ON_ONE_RANK]
+ENGINE_KINDS = [ChaosKind.BIT_FLIP, ChaosKind.QUIET_BIT_FLIP, ChaosKind.NAN_ON_ONE_RANK]
 at_the_engine = pytest.mark.parametrize("kind", ENGINE_KINDS)
 
 

@@ -452,6 +452,11 @@ def test_bad_config_has_the_exit_code_that_stops_a_requeue(problems_of: Problems
         ),
         (["chaos=bad_data", "chaos.length=0 steps"], 1, "chaos.length is zero"),
         (
+            ["integrity.reexecution_interval_steps=50", "run.is_deterministic=false"],
+            1,
+            "integrity.reexecution_interval_steps=50 needs run.is_deterministic=true",
+        ),
+        (
             ["cluster.nodes=2"],
             1,
             "cluster.nodes=2: cluster.kind=local is one machine; use 1, or cluster=slurm",

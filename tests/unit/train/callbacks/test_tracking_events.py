@@ -17,6 +17,7 @@ from monitoring.trackers import TrackerConfig
 from train.actions import Note
 from train.callbacks.tracking import Telemetry, Tracking
 from train.events import RunStart
+from train.health.corruption import Check, Corruption, Vote
 from train.recovery.journal import Incident, Phase
 from train.recovery.policy import Rung
 
@@ -206,3 +207,25 @@ def test_start_and_end_are_stamped_on_both_clocks(
         assert record["uptime"] - before.uptime_seconds == pytest.approx(
             record["time"] - before.unix_seconds, abs=0.5
         )
+
+
+def test_search_for_corruption_is_recorded_and_what_it_found_is_shown(
+    tracking: Tracking, tracker: ListTracker, tmp_path: Path
+) -> None:
+    found = Corruption(
+        check=Check.REPLICAS,
+        vote=Vote(ranks=(3,), is_certain=True),
+        places=("node7, cuda:3",),
+        tensors=("w/parameter",),
+        detail="another state",
+    )
+    tracking.on_integrity_check(Check.REPLICAS, None, at(50), 0.01)
+    tracking.on_integrity_check(Check.REPLICAS, found, at(60), 0.02)
+    tracking.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    calm, corrupt = map(json.loads, lines)
+    assert calm["kind"] == corrupt["kind"] == "integrity_check"
+    assert (calm["ranks"], calm["seconds"], calm["step"]) == ([], 0.01, 50)
+    assert (corrupt["ranks"], corrupt["tensors"]) == ([3], ["w/parameter"])
+    words = "silent corruption: rank 3 (node7, cuda:3): another state"
+    assert tracker.events == [("corruption", words, 60)]
