@@ -166,6 +166,7 @@ def test_snapshots_follow_the_interval_unless_they_have_their_own(
         is_async=True,
         retry_seconds=(2.0, 8.0, 30.0),
         max_failures=5,
+        remote=None,
         save_at_start=True,
         save_at_end=True,
     )
