@@ -163,7 +163,8 @@ class Saver:
             self._events.checkpoint_failed(outcome.state.step, outcome.problem)
             return
         self._num_failures = 0
-        if info.health is Health.QUARANTINED and self._tiers.ring.holds(info.name):
+        if info.health is Health.QUARANTINED:
+            logger.warning("the checkpoint of step %d has numbers that are not finite", info.step)
             self._tiers.ring.forget(info.name)
         self._events.checkpoint_saved(info, seconds, background_seconds)
         self.copy_away()
