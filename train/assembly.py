@@ -26,6 +26,7 @@ from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.chaos import inject_into_source
 from train.checkpoint.interval import FailureRate, count_failures, observed_rate
+from train.checkpoint.remote import RemoteCopies
 from train.checkpoint.saver import Saver
 from train.checkpoint.snapshots import (
     Memory,
@@ -37,6 +38,7 @@ from train.checkpoint.snapshots import (
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
 from train.config import flatten
+from train.data.addresses import join
 from train.data.build import BadShards, DataChanges, RunData
 from train.data.ledger import SkipLedger
 from train.data.read_ahead import ReadAhead
@@ -92,7 +94,8 @@ def assemble(scene: Scene) -> Run:
     config, world, folder, schedule = scene.config, scene.world, scene.folder, scene.schedule
     history = RecoveryHistory()
     engine = build_engine(config, world)
-    tiers = _tiers(config, folder, engine, history, world)
+    remote = _remote(config, folder, world)
+    tiers = _tiers(config, folder, engine, history, world, remote)
     stream = _stream(config, scene.data, scene.bad_shards, schedule, world)
     recorder = FlightRecorder()
     capsules = Capsules(
@@ -128,6 +131,7 @@ def assemble(scene: Scene) -> Run:
             tiers,
             events,
             max_failures=config.checkpoint.max_failures,
+            remote=remote,
         ),
         history=history,
         rewinder=Rewinder(
@@ -265,8 +269,9 @@ def _tiers(
     engine: Engine,
     history: RecoveryHistory,
     world: World,
+    remote: RemoteCopies | None,
 ) -> Tiers:
-    """Open the checkpoints on disk and the ring in memory. A collective."""
+    """Open the checkpoints on disk, fetched if there are none, and the ring. A collective."""
     checkpoint = config.checkpoint
     rewind_steps = config.recovery.furthest_rewind_steps()
     size, is_async = _affordable(config, engine, world)
@@ -287,7 +292,26 @@ def _tiers(
     store.open()
     if world.is_main:
         _tell_rules(store.folder, replace(store.rules, keep_incidents=checkpoint.keep_incidents))
+    is_empty = not store.entries() and not store.unreadable
+    if remote is not None and is_empty and remote.fetch() is not None:
+        store.open()
     return Tiers(store, SnapshotRing(engine, world, size=size))
+
+
+def _remote(config: RunConfig, folder: RunFolder, world: World) -> RemoteCopies | None:
+    """Return the copies behind `checkpoint.remote`, without those of a run that starts over."""
+    checkpoint = config.checkpoint
+    if checkpoint.remote is None:
+        return None
+    remote = RemoteCopies(
+        join(checkpoint.remote, config.run.name),
+        folder.checkpoints,
+        world,
+        retry_seconds=checkpoint.retry_seconds,
+    )
+    if config.run.overwrite:
+        remote.clear()
+    return remote
 
 
 def _affordable(config: RunConfig, engine: Engine, world: World) -> tuple[int, bool]:

@@ -190,6 +190,7 @@ def _start_and_train(
     with closing(run.inbox):
         run.inbox.start()
         ending = train(run, state)
+    run.saver.finish()
     run.events.run_end(_summary(config, run, ending))
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:

@@ -215,6 +215,7 @@ def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline
     reports.clear()
     run.saver.make_ready(action.target)
     state, incident = run.rewinder.rewind(action, state)
+    run.saver.copy_away()  # what is quarantined is so everywhere
     run.events.rewound(incident, state, time.perf_counter() - started)
     return state
 

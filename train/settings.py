@@ -201,6 +201,7 @@ class CheckpointSettings:
     is_async: bool
     retry_seconds: tuple[NonNegativeSeconds, ...]
     max_failures: Count
+    remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9+.-]+://.+")] | None
     save_at_start: bool
     save_at_end: bool
 

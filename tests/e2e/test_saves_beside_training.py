@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,21 @@ def test_so_many_failed_saves_in_a_row_end_the_run_with_its_reason(
     (only,) = checkpoints(folder)
     assert only.name == "step-00000000-clock-00000000"
     assert not list((folder / "checkpoints").glob(".*")), "what was written was removed"
+
+
+def test_run_whose_folder_is_lost_goes_on_from_the_copy_elsewhere(
+    tmp_path: Path, clean_ddp: Any
+) -> None:
+    """Two ranks write the copy, each its share; one process reads it."""
+    folder, bucket = tmp_path / "run", tmp_path / "bucket"
+    arguments = [*TINY, f"checkpoint.remote=file://{bucket}"]
+    run(arguments, folder, num_ranks=2).expect(0)
+    copies = sorted(path.name for path in (bucket / "run").iterdir())
+    assert copies == sorted(path.name for path in checkpoints(folder))
+    shutil.rmtree(bucket / "run" / last_name(folder))
+    expected = checkpoints(folder)[-2].name
+    shutil.rmtree(folder)
+    result = run(arguments, folder).expect(0)
+    assert f"resumed at step {int(expected.split('-')[1])}" in result.output
+    assert summary(folder)["step"] == 40
+    assert last_name(folder) == last_name(clean_ddp.folder)

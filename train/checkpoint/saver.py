@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from train.actions import Save, Stop
 from train.checkpoint.info import Health
+from train.checkpoint.remote import RemoteCopies
 from train.checkpoint.snapshots import snapshot_name
 from train.checkpoint.tiers import Tiers
 from train.checkpoint.writing import Outcome
@@ -23,6 +24,7 @@ from train.state import TrainState
 logger = logging.getLogger(__name__)
 
 SAVES_FAILED = "saves_failed"
+_REMOTE_SECONDS = 600.0
 
 
 class Saver:
@@ -35,11 +37,13 @@ class Saver:
         events: Events,
         *,
         max_failures: int | None = None,
+        remote: RemoteCopies | None = None,
     ) -> None:
         self._engine = engine
         self._tiers = tiers
         self._events = events
         self._max_failures = max_failures
+        self._remote = remote
         self._num_failures = 0
         self._last_problem = ""
         self._stall_seconds = 0.0
@@ -129,9 +133,22 @@ class Saver:
     def _has_failed_too_often(self) -> bool:
         return self._max_failures is not None and self._num_failures >= self._max_failures
 
+    def copy_away(self) -> None:
+        """Begin to bring the remote copies up to the catalogue. No collective, no wait."""
+        if self._remote is not None:
+            store = self._tiers.store
+            self._remote.update([i for i in store.entries() if i.name != store.in_flight])
+
+    def finish(self) -> None:
+        """Wait for the remote copies, at the good end of a run. No collective."""
+        if self._remote is not None and not self._remote.finish(_REMOTE_SECONDS):
+            logger.warning("the last checkpoint may lack a copy at checkpoint.remote")
+
     def close(self) -> None:
-        """Leave a save in flight to itself, at the end of a process. No collective."""
+        """Leave what is under way to itself, at the end of a process. No collective."""
         self._tiers.store.close()
+        if self._remote is not None:
+            self._remote.close()
 
     def _tell(self, outcome: Outcome, seconds: float, background_seconds: float) -> None:
         info = outcome.info
@@ -146,6 +163,8 @@ class Saver:
             self._events.checkpoint_failed(outcome.state.step, outcome.problem, seconds)
             return
         self._num_failures = 0
-        if info.health is Health.QUARANTINED and self._tiers.ring.holds(info.name):
+        if info.health is Health.QUARANTINED:
+            logger.warning("the checkpoint of step %d has numbers that are not finite", info.step)
             self._tiers.ring.forget(info.name)
         self._events.checkpoint_saved(info, seconds, background_seconds)
+        self.copy_away()

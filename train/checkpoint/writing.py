@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from monitoring.checkpoints import sealed
 from train.checkpoint.info import (
     HEALTH,
@@ -94,6 +96,8 @@ class CheckpointWriter:
         `gives_up`: set it on all ranks, and no further attempt is made.
         """
         problem = ""
+        if self._world.device.type == "cuda":
+            torch.cuda.set_device(self._world.device)  # a new thread begins with the first one
         if self._world.is_main:
             sweep(self._folder)
         for number, seconds in enumerate((*self._retry_seconds, None), start=1):
@@ -125,13 +129,13 @@ class CheckpointWriter:
                 temporary.mkdir()
             is_finite = draft.pending.is_finite()  # this waits for the copy, which may have failed
         except Exception as error:  # noqa: BLE001 - a device may say so as anything
-            failure = str(error)
+            failure = _one_line(error)
         everywhere = self._agree(failure, temporary, is_finite)
         broken = [rank for rank, is_finite in enumerate(everywhere) if not is_finite]
         try:
             draft.pending.write(temporary, self._world)
         except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
-            failure = f"{type(error).__name__}: {_last_line(error)}"
+            failure = _one_line(error)
         self._agree(failure, temporary)  # all parts are there: what is missing below is an error
         files: dict[str, dict[str, object]] = {}
         try:
@@ -234,7 +238,7 @@ class Flight:
         try:
             outcome = writer.write(draft, self._gives_up)
         except Exception as error:  # noqa: BLE001 - a group that broke may show as anything
-            outcome = Outcome(state=draft.state, problem=f"{type(error).__name__}: {error}")
+            outcome = Outcome(state=draft.state, problem=_one_line(error))
         finally:
             self._outcome.set_result(outcome)
 
@@ -259,6 +263,6 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _last_line(error: BaseException) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[-1][:300] if lines else ""
+    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"

@@ -44,7 +44,13 @@ class DcpWrite:
         if self._staged is not None:
             self._staged.wait()
         # One thread: torch 2.13 loses the exceptions of further ones, and with them a full disk.
-        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
+        writer = FileSystemWriter(
+            folder,
+            single_file_per_rank=True,
+            sync_files=False,
+            # A copy is on the host: a loader for the device would wait for the kernels of training.
+            per_thread_copy_ahead=10_000_000 if self._staged is None else 0,
+        )
         with catchable():
             save(
                 self._state,

@@ -171,6 +171,7 @@ def test_longest_interval_is_the_one_that_is_set_or_the_bound_of_an_automatic_on
         is_async=True,
         retry_seconds=(2.0, 8.0, 30.0),
         max_failures=5,
+        remote=None,
         save_at_start=True,
         save_at_end=True,
     )
