@@ -127,11 +127,7 @@ def assemble(scene: Scene) -> Run:
         events=events,
         tiers=tiers,
         saver=Saver(
-            engine,
-            tiers,
-            events,
-            max_failures=config.checkpoint.max_failures,
-            remote=remote,
+            *(engine, tiers, events), max_failures=config.checkpoint.max_failures, remote=remote
         ),
         history=history,
         rewinder=Rewinder(

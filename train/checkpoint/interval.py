@@ -120,16 +120,20 @@ def choose_interval(
         seconds, bound = max_minutes * 60, f"checkpoint.max_minutes_at_risk={max_minutes:g}"
     least = save_seconds / _MAX_SAVING_SHARE
     if least > seconds:
-        seconds, bound = least, f"a save takes {save_seconds:.3g} s"
+        seconds, bound = least, f"twice the {save_seconds:.3g} s that a save takes"
     steps = max(1, round(seconds / max(step_seconds, 1e-9)))
     if steps > max_steps:
         steps, bound = max_steps, f"checkpoint.max_interval_steps={max_steps}"
     return Interval(
         steps=steps,
         reason=(
-            f"a save every {steps} steps, {steps * step_seconds / 60:.3g} min: a save stops "
+            f"a save every {steps} steps, {_duration(steps * step_seconds)}: a save stops "
             f"training for {stall_seconds:.3g} s, a step takes {step_seconds:.3g} s, "
-            f"{rate.per_day:.3g} failures a day ({rate.source}); the optimum is {best / 60:.3g} min"
+            f"{rate.per_day:.3g} failures a day ({rate.source}); the optimum is {_duration(best)}"
             f"{f', bounded by {bound}' if bound else ''}"
         ),
     )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds < 60 else f"{seconds / 60:.3g} min"

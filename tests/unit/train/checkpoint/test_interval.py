@@ -75,8 +75,12 @@ def test_choice_is_in_steps_and_says_where_it_comes_from() -> None:
     [
         ({"max_minutes": 5.0}, 150, "bounded by checkpoint.max_minutes_at_risk=5"),
         ({"max_steps": 100}, 100, "bounded by checkpoint.max_interval_steps=100"),
-        ({"save_seconds": 600.0}, 600, "bounded by a save takes 600 s"),
-        ({"save_seconds": 600.0, "max_minutes": 1.0}, 600, "bounded by a save takes 600 s"),
+        ({"save_seconds": 600.0}, 600, "bounded by twice the 600 s that a save takes"),
+        (
+            {"save_seconds": 600.0, "max_minutes": 1.0},
+            600,
+            "bounded by twice the 600 s that a save takes",
+        ),
         ({"step_seconds": 1e5}, 1, "every 1 steps"),
     ],
 )
