@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 RUN := runs/falcon_like
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint curves clean
+.PHONY: help install run test lint chaos curves clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ lint: $(INSTALLED) ## ruff and mypy alone
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+chaos: $(INSTALLED) ## real faults in real runs, about an hour: docs/reliability.md
+	$(BIN)/python -m tests.chaos --output docs/reliability.md
 
 curves: $(INSTALLED) ## measure and draw the three curves of the README
 	$(BIN)/python benchmarks/recovery_curves.py --output docs/recovery.svg

@@ -1,0 +1,1 @@
+"""Real faults in real runs: `python -m tests.chaos`, or `make chaos`. See docs/reliability.md."""
