@@ -42,6 +42,7 @@ FREE_KEYS = (
     "callbacks.",
     "cluster.",
     "recovery.",
+    "health.",
     "data.paths",  # their digests are compared instead
     "data.read_ahead_batches",
     "data.validation_interval_steps",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
 from train.checkpoint.info import Health
@@ -16,6 +16,8 @@ from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
 from train.errors import CheckpointError, DataEndError
 from train.events import Events
+from train.health.guard import Guard
+from train.health.pulse import Phase
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.rewind import Rewinder
@@ -42,6 +44,7 @@ class Run:
     last_step: int
     saves_at_start: bool
     saves_at_end: bool
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,7 @@ def train(run: Run, state: TrainState) -> Ending:
         _save(run, state, Save(reason="start", to_memory=True), Health.GOOD)
     state = _serve(run, state, reports)
     while state.step < run.last_step:
+        run.guard.enter(Phase.DATA, state.step)
         started = time.perf_counter()
         lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
         try:
@@ -74,6 +78,7 @@ def train(run: Run, state: TrainState) -> Ending:
                 run.events.after_update(report)  # whatever it asks for, the run ends here
             return _stop(run, state, _out_of_data(error, run, state))
         gate = run.events.gate()
+        run.guard.enter(Phase.STEP, state.step)
         step_started = time.perf_counter()
         signals = run.engine.step(
             batch.rows,
@@ -81,7 +86,7 @@ def train(run: Run, state: TrainState) -> Ending:
             num_tokens=batch.num_tokens,
             lr=lr,
             gate=gate,
-            flag=run.inbox.is_waiting(),
+            flag=run.inbox.is_waiting() or run.guard.is_waiting(),
         )
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
         ready = reports.push(
@@ -101,6 +106,10 @@ def train(run: Run, state: TrainState) -> Ending:
                 return _stop(run, state, action)
             state = _perform(run, state, action, reports)
         if any(report.signals.is_flagged for report in ready):
+            if (stop := run.guard.wanted_stop()) is not None:
+                for report in reports.drain():
+                    run.events.after_update(report)  # so that what is saved knows all its steps
+                return _stop(run, state, stop)
             state = _serve(run, state, reports)
         if state is stepped and run.validation.is_due(state.step) and state.step < run.last_step:
             _evaluate(run, state)
@@ -179,6 +188,7 @@ def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
 
 def _evaluate(run: Run, state: TrainState) -> Evaluation:
     """Take the held-out losses of the present state. A collective, and a host sync."""
+    run.guard.enter(Phase.EVALUATION, state.step)
     started = time.perf_counter()
     evaluation = run.validation.evaluate(run.engine)
     run.events.evaluated(evaluation, state, time.perf_counter() - started)
@@ -187,6 +197,7 @@ def _evaluate(run: Run, state: TrainState) -> Evaluation:
 
 def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
     """Keep the state and return True; a save to disk that fails is a warning. A collective."""
+    run.guard.enter(Phase.SAVE, state.step)
     extra = {
         "ledger": run.data.skipped(),
         "callbacks": run.events.state_dict(),
@@ -214,6 +225,7 @@ def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
 
 
 def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline) -> TrainState:
+    run.guard.enter(Phase.REWIND, state.step)
     started = time.perf_counter()
     logger.info("%s; going back to %s", action.reason, action.target)
     reports.clear()
