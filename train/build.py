@@ -97,7 +97,7 @@ def _execute_in(
     with closing(FolderLock(config.run.folder)) as lock, ExitStack() as stack:
         folder = _open_folder(config, node, corpora, world, lock)
         log_to_folder(folder.path)
-        guard = stack.enter_context(guarded(config.health, node, world, folder, interruption))
+        guard = stack.enter_context(guarded(config, node, world, folder, interruption))
         bad_shards = find_bad_shards(corpora, config.data, world)
         schedule = schedule_of(config)
         if any(bad_shards.values()):

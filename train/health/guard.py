@@ -7,34 +7,48 @@ watched, and written down as ended, however it ends.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from train.actions import Stop
 from train.distributed import World
-from train.errors import CrashLoopError, RunEndedError, StoppedByPolicyError, TrimtabError
+from train.errors import (
+    CrashLoopError,
+    OutOfDeviceMemoryError,
+    RunEndedError,
+    StoppedByPolicyError,
+    TrimtabError,
+)
 from train.health.crash_loop import signature, verdict
+from train.health.heartbeats import Heartbeats, connect
 from train.health.interruption import Interruption, Wish
+from train.health.out_of_memory import advice, is_out_of_memory
 from train.health.outcome import (
     COMPLETED,
     CRASH_LOOP,
     FAILED,
+    OUT_OF_MEMORY,
     RUNNING,
     Outcome,
     OutcomeRecord,
     fingerprint,
     last_step_of,
     read_outcomes,
+    tell_launcher,
 )
 from train.health.pulse import Phase, Pulse
+from train.health.watchdog import Watchdog
 from train.run_folder import RunFolder, launch_id
-from train.settings import HealthSettings
+from train.settings import HealthSettings, RunConfig
 
 logger = logging.getLogger(__name__)
 
+_WORDS_SECONDS = 2.0
 _LONE = World(rank=0, size=1, device=torch.device("cpu"))
 
 
@@ -88,7 +102,7 @@ def ended_by_signal(stop: Stop) -> RunEndedError:
 
 @contextmanager
 def guarded(
-    settings: HealthSettings,
+    config: RunConfig,
     node: Mapping[str, Any],
     world: World,
     folder: RunFolder,
@@ -96,63 +110,164 @@ def guarded(
 ) -> Iterator[Guard]:
     """Guard one attempt. Called on all ranks, with the run folder locked; a collective.
 
-    Raises: CrashLoopError if the same failure has come too often.
+    Raises: CrashLoopError if the same failure has come too often; OutOfDeviceMemoryError in place
+    of what was raised for want of memory.
     """
     pulse = Pulse()
     guard = Guard(world=world, interruption=interruption, pulse=pulse)
-    record = _begin(settings, node, world, folder)
+    record = _begin(config.health, node, world, folder)
+    line = _line(config.health, world, folder, pulse)
 
-    def end(code: str, exit_code: int, reason: str = "", mark: str = "") -> None:
-        if world.is_main:
-            step = pulse.now.step
-            record.end(code, exit_code, step=step, reason=reason, fingerprint=mark)
+    def end(ending: Ending) -> None:
+        step = pulse.now.step
+        record.end(
+            ending.code,
+            ending.exit_code,
+            step=step,
+            reason=ending.reason,
+            fingerprint=ending.fingerprint,
+        )
 
     def leave(code: str, exit_code: int, reason: str) -> None:
-        end(code, exit_code, reason)
+        ending = _heard_first(line, Ending(code=code, exit_code=exit_code, reason=reason))
+        if world.is_main:
+            end(ending)
 
-    interruption.has_begun = lambda: pulse.has_stepped
-    interruption.on_leave.append(leave)
-    try:
-        yield guard
-    except RunEndedError as error:
-        if not guard.is_end_for_all:
-            record.open_to_restarts()
-        end(error.code, error.exit_code, str(error))
-        raise
-    except StoppedByPolicyError as error:
-        end(error.code, error.exit_code, str(error))
-        raise
-    except TrimtabError as error:
-        end(FAILED, error.exit_code, str(error), fingerprint(error))
-        raise
-    except BaseException as error:
-        end(FAILED, 1, f"{type(error).__name__}: {error}"[:500], fingerprint(error))
-        raise
-    else:
-        end(COMPLETED, 0)
-    finally:
-        interruption.on_leave.remove(leave)
-        interruption.has_begun = lambda: False
+    def hang(code: str, exit_code: int, reason: str) -> None:
+        end(Ending(code=code, exit_code=exit_code, reason=reason, fingerprint=code))
+        tell_launcher(code, exit_code, reason)
+
+    watchdog = Watchdog(
+        config.health,
+        pulse,
+        line,
+        run_folder=folder.path,
+        attempt=folder.attempt,
+        rank=world.rank,
+        size=world.size,
+        on_hang=hang,
+    )
+    with ExitStack() as stack:
+        if line is not None:
+            line.start()
+            stack.callback(line.close)
+        if config.health.watchdog:
+            watchdog.start()
+            stack.callback(watchdog.close)
+        interruption.has_begun = lambda: pulse.has_stepped
+        interruption.on_leave.append(leave)
+        stack.callback(interruption.on_leave.remove, leave)
+        try:
+            yield guard
+        except BaseException as error:
+            if isinstance(error, RunEndedError) and not guard.is_end_for_all:
+                record.open_to_restarts()
+            named = _named(error, config, world, pulse)
+            ending = _heard_first(line, ending_of(named))
+            if world.is_main:
+                end(ending)
+            if named is not error and os.environ.get("LOCAL_RANK", "0") != "0":
+                logger.error("%s", named)  # `main` tells it on the first rank of a host alone
+            if ending.reason != ending_of(named).reason and not isinstance(named, TrimtabError):
+                reason = f"another rank ended first: {ending.reason}"
+                named = RunEndedError(reason, code=ending.code, exit_code=ending.exit_code)
+            if named is error:
+                raise
+            raise named from None
+        if world.is_main:
+            end(Ending(code=COMPLETED, exit_code=0))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How an attempt ends."""
+
+    code: str
+    exit_code: int
+    reason: str = ""
+    fingerprint: str = ""
+
+
+def ending_of(error: BaseException) -> Ending:
+    """Return what an exception means for the launcher."""
+    is_ours = isinstance(error, TrimtabError)
+    code = FAILED
+    if isinstance(error, RunEndedError | StoppedByPolicyError):
+        code = error.code
+    elif isinstance(error, OutOfDeviceMemoryError):
+        code = OUT_OF_MEMORY
+    return Ending(
+        code=code,
+        exit_code=error.exit_code if isinstance(error, TrimtabError) else 1,
+        reason=str(error) if is_ours else f"{type(error).__name__}: {error}"[:500],
+        fingerprint=fingerprint(error),
+    )
+
+
+def _named(error: BaseException, config: RunConfig, world: World, pulse: Pulse) -> BaseException:
+    """Return the exception that says it best: want of memory is told with what to change."""
+    if not is_out_of_memory(error):
+        return error
+    return OutOfDeviceMemoryError(
+        advice(
+            config,
+            rank=world.rank,
+            num_ranks=world.size,
+            device=world.device,
+            step=pulse.now.step,
+        )
+    )
+
+
+def _heard_first(line: Heartbeats | None, ending: Ending) -> Ending:
+    """Say how this rank ends, and return what the first rank that ended has said.
+
+    A rank that fails takes the others with it: they see a closed connection, it knows the cause.
+    """
+    if line is None:
+        return ending
+    line.say("words", asdict(ending))
+    words = line.hear("words", _WORDS_SECONDS)
+    if words is None or words.pop("rank") == line.rank:
+        return ending
+    return Ending(**words)
+
+
+def _line(
+    settings: HealthSettings, world: World, folder: RunFolder, pulse: Pulse
+) -> Heartbeats | None:
+    if world.size == 1:
+        return None
+    device = str(world.device)
+    if world.device.type == "cuda":
+        device += f" {torch.cuda.get_device_name(world.device)}"
+    return Heartbeats(
+        lambda: connect(f"{folder.run_id}/{folder.attempt}"),
+        rank=world.rank,
+        size=world.size,
+        device=device,
+        pulse=pulse,
+        interval_seconds=settings.heartbeat_seconds,
+    )
 
 
 def _begin(
     settings: HealthSettings, node: Mapping[str, Any], world: World, folder: RunFolder
 ) -> OutcomeRecord:
     """Write down that the attempt runs, or refuse it. A collective."""
-    why, record = None, None
+    why, start, ends = None, Outcome(code=RUNNING), []
     if world.is_main:
-        known = read_outcomes(folder.path)
-        ends = known.ended(last_step=last_step_of(folder.metrics))
+        ends = read_outcomes(folder.path).ended(last_step=last_step_of(folder.metrics))
         sign = signature(node)
         start = Outcome(code=RUNNING, attempt=folder.attempt, signature=sign, launch=launch_id())
-        record = OutcomeRecord(folder.path, start, ends)
         why = verdict(ends, sign, max_same_failures=settings.max_same_failures)
-        if why is not None:
-            step = ends[-1].step
-            record.end(CRASH_LOOP, CrashLoopError.exit_code, step=step, reason=why)
-        else:
-            record.begin()
-    why = world.broadcast(why)
+    why, start, ends = world.broadcast((why, start, ends))
+    record = OutcomeRecord(folder.path, start, ends)
     if why is not None:
+        if world.is_main:
+            code = CrashLoopError.exit_code
+            record.end(CRASH_LOOP, code, step=ends[-1].step, reason=why)
         raise CrashLoopError(why)
-    return record or OutcomeRecord(folder.path, Outcome(code=RUNNING, attempt=folder.attempt), [])
+    if world.is_main:
+        record.begin()
+    return record

@@ -1,0 +1,232 @@
+"""Signals, hangs, crashes, full memory, in real processes: what a run leaves and goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import (
+    MAIN,
+    TINY,
+    Fault,
+    Launch,
+    assert_same_tensors,
+    checkpoints,
+    losses_by_step,
+    metrics,
+    place,
+    records,
+    run,
+    start,
+    summary,
+    wait_for_step,
+)
+
+SLOW = Fault(seconds_a_batch=0.05)
+QUICK = (*TINY, "health.heartbeat_seconds=0.3", "health.hang_seconds=2", "health.hang_factor=2")
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((folder / "outcome.json").read_text())
+    return loaded
+
+
+def pids(launch: Launch) -> list[int]:
+    return [int(process.pid) for process in launch._ranks]
+
+
+def begin(
+    target: Callable[[list[str]], int],
+    folder: Path,
+    *more: str,
+    arguments: tuple[str, ...] = QUICK,
+    num_ranks: int = 1,
+) -> Launch:
+    """Start ranks that run `target` with the arguments of a run."""
+    log = folder.parent / f"{folder.name}.output"
+    return Launch(target, [*arguments, *more, *place(folder)], log=log, num_ranks=num_ranks)
+
+
+def main(arguments: list[str]) -> int:
+    from train.main import main as train_main
+
+    sys.argv = [MAIN, *arguments]
+    return train_main()
+
+
+def at_batch(number: int, rank: int, act: Callable[[], object]) -> None:
+    """Do something on one rank when it asks for its batch of that number, from 1."""
+    from train.data.read_ahead import ReadAhead
+
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+    count = 0
+    original = ReadAhead.at
+
+    def at(self: ReadAhead, cursor: int, num_samples: int) -> Any:
+        nonlocal count
+        count += 1
+        if count == number:
+            act()
+        return original(self, cursor, num_samples)
+
+    ReadAhead.at = at  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("number", "num_ranks", "code", "exit_code"),
+    [
+        (signal.SIGTERM, 1, "preempted", 75),
+        (signal.SIGUSR1, 2, "preempted", 75),
+        (signal.SIGINT, 1, "interrupted", 130),
+    ],
+)
+def test_a_signal_saves_stops_and_the_same_command_ends_with_the_same_bits(
+    number: signal.Signals,
+    num_ranks: int,
+    code: str,
+    exit_code: int,
+    tmp_path: Path,
+    clean_single: Any,
+    clean_ddp: Any,
+) -> None:
+    folder = tmp_path / "run"
+    launch = start(TINY, folder, num_ranks=num_ranks, fault=SLOW)
+    wait_for_step(launch, folder, 7, attempt=0)
+    os.kill(pids(launch)[-1], number)  # one rank alone
+    assert launch.wait() == (exit_code,) * num_ranks, launch.output()
+    last = checkpoints(folder)[-1]
+    ended = outcome(folder)
+    assert (ended["code"], ended["exit_code"], ended["attempt"]) == (code, exit_code, 0)
+    assert last.name.startswith(f"step-{ended['step']:08d}")
+    assert ended["step"] % 5, "saved where no checkpoint was due"
+    assert summary(folder)["reason_code"] == code
+
+    run(TINY, folder, num_ranks=num_ranks).expect(0)
+    clean = clean_single if num_ranks == 1 else clean_ddp
+    assert [record["step"] for record in metrics(folder)] == list(range(1, 41)), "none twice"
+    assert losses_by_step(folder) == losses_by_step(clean.folder)
+    assert_same_tensors(checkpoints(folder)[-1], checkpoints(clean.folder)[-1])
+    assert outcome(folder)["code"] == "completed"
+    assert [end["code"] for end in outcome(folder)["previous"]] == [code]
+
+
+def hang_in_the_data(arguments: list[str]) -> int:
+    at_batch(10, 1, lambda: time.sleep(600))
+    return main(arguments)
+
+
+@pytest.mark.parametrize("victim", [None, 1, 0])
+def test_a_hang_is_found_its_rank_named_and_the_run_ends_and_goes_on(
+    victim: int | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    if victim is None:
+        launch = begin(hang_in_the_data, folder, num_ranks=2)
+        blamed, phase = 1, "data"
+    else:
+        launch = begin(slow_main, folder, num_ranks=2)
+        wait_for_step(launch, folder, 8, attempt=0)
+        os.kill(pids(launch)[victim], signal.SIGSTOP)
+        blamed, phase = victim, "step"
+    codes = wait_for_all(launch)
+    expected = [75, 75]
+    if victim is not None:
+        expected[victim] = -signal.SIGKILL
+    assert codes == tuple(expected), launch.output()
+    hang = json.loads((folder / "hangs" / "attempt-0" / "hang.json").read_text())
+    assert hang["ranks"] == [blamed]
+    assert phase in (hang["phase"], *(b["phase"] for b in hang["heartbeats"] if b["rank"] == 1))
+    assert outcome(folder)["code"] == "hang"
+    assert f"rank {blamed}" in outcome(folder)["reason"] or victim == 0
+    (event,) = [record for record in records(folder / "events.jsonl") if record["kind"] == "hang"]
+    assert event["ranks"] == [blamed] and event["seconds"] >= 2
+    stacks = sorted(path.name for path in (folder / "hangs" / "attempt-0").glob("rank-*.txt"))
+    alive = {0, 1} - {victim}
+    assert stacks == [f"rank-{rank}.txt" for rank in sorted(alive)]
+    text = (folder / "hangs" / "attempt-0" / "rank-1.txt").read_text() if 1 in alive else ""
+    assert victim is not None or "in hang_in_the_data" in text
+    if victim is None:
+        run(TINY, folder, num_ranks=2).expect(0)
+        assert losses_by_step(folder)[40]
+
+
+def slow_main(arguments: list[str]) -> int:
+    from faults import install
+
+    install(SLOW, Path("/"))
+    return main(arguments)
+
+
+def wait_for_all(launch: Launch, seconds: float = 60) -> tuple[int, ...]:
+    """Return the exit codes once every rank has ended by itself."""
+    for process in launch._ranks:
+        process.join(timeout=seconds)
+        if process.exitcode is None:
+            launch.kill()
+            raise TimeoutError(launch.output())
+    return tuple(int(process.exitcode) for process in launch._ranks)
+
+
+def fail_at_batch_4(arguments: list[str]) -> int:
+    def fail() -> None:
+        raise ValueError(f"sensor {time.time()} is broken")
+
+    at_batch(4, 0, fail)
+    return main(arguments)
+
+
+def die_at_batch_4(arguments: list[str]) -> int:
+    at_batch(4, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return main(arguments)
+
+
+@pytest.mark.parametrize("target", [fail_at_batch_4, die_at_batch_4])
+def test_the_same_failure_three_times_stops_the_run_until_something_changes(
+    target: Callable[[list[str]], int], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    for _ in range(3):
+        assert wait_for_all(begin(target, folder)) in ((1,), (-9,))
+    launch = begin(target, folder)
+    assert wait_for_all(launch) == (3,), launch.output()
+    said = "ValueError: sensor" if target is fail_at_batch_4 else "died without a word"
+    assert "the last 3 attempts all ended at step" in launch.output()
+    assert f"in the same way: {said}" in launch.output()
+    assert outcome(folder)["code"] == "crash_loop"
+    assert wait_for_all(begin(main, folder)) == (3,), "again without a change"
+    launch = begin(main, folder, "health.max_same_failures=4")
+    assert wait_for_all(launch) == (0,), launch.output()
+
+
+def main_with_little_memory(arguments: list[str]) -> int:
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+
+    at_batch(2, int(os.environ.get("WORLD_SIZE", "1")) - 1, limit)
+    return main(arguments)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_out_of_memory_is_one_message_that_says_what_to_change(
+    num_ranks: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    big = ("schedule.batch_samples=2048", "schedule.batch_ramp_steps=0", "data.sequence_length=64")
+    launch = begin(main_with_little_memory, folder, *big, "run.steps=50", num_ranks=num_ranks)
+    assert wait_for_all(launch) == (1,) * num_ranks, launch.output()
+    share = 2048 // num_ranks
+    assert f"rank {num_ranks - 1} (cpu on " in launch.output()
+    assert f"engine.micro_batch_samples={share // 2} (now {share} of" in launch.output()
+    assert "Traceback" not in launch.output()
+    assert outcome(folder)["code"] == "out_of_memory"
+    assert "ran out of memory after step 1" in outcome(folder)["reason"]
