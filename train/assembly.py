@@ -21,6 +21,7 @@ from train.callbacks.spike_detection import SpikeDetection
 from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.chaos import inject_into_source
+from train.checkpoint.load_marks import LoadMarks
 from train.checkpoint.snapshots import SnapshotRing, affordable_size, available_memory
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
@@ -229,7 +230,8 @@ def _tiers(
             ranks_on_host=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             available_bytes=available_memory(),
         )
-    return Tiers(store, SnapshotRing(engine, world, size=min(world.gather(size))))
+    ring = SnapshotRing(engine, world, size=min(world.gather(size)))
+    return Tiers(store, ring, LoadMarks(folder.checkpoints, world))
 
 
 def _tracking(scene: Scene, engine: Engine) -> Tracking:

@@ -230,3 +230,34 @@ def test_out_of_memory_is_one_message_that_says_what_to_change(
     assert "Traceback" not in launch.output()
     assert outcome(folder)["code"] == "out_of_memory"
     assert "ran out of memory after step 1" in outcome(folder)["reason"]
+
+
+def die_when_loading_the_last(arguments: list[str]) -> int:
+    from train.engines.torch_engine import TorchEngine
+
+    original = TorchEngine.load
+
+    def load(self: TorchEngine, folder: Path) -> None:
+        if "step-00000010" in folder.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        original(self, folder)
+
+    TorchEngine.load = load  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def test_a_checkpoint_whose_load_ends_the_process_twice_is_given_up(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    assert wait_for_all(begin(die_at_batch_12, folder)) == (-9,)
+    assert checkpoints(folder)[-1].name.startswith("step-00000010")
+    for _ in range(2):
+        assert wait_for_all(begin(die_when_loading_the_last, folder)) == (-9,)
+    launch = begin(die_when_loading_the_last, folder)
+    assert wait_for_all(launch) == (0,), launch.output()
+    assert "has ended the process 2 times; it is quarantined" in launch.output()
+    assert not (folder / "checkpoints" / ".loading.json").exists()
+
+
+def die_at_batch_12(arguments: list[str]) -> int:
+    at_batch(12, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    return main(arguments)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from train.actions import Stop
+from train.checkpoint.load_marks import LoadMarks
 from train.distributed import World
 from train.errors import (
     CrashLoopError,
@@ -115,67 +116,119 @@ def guarded(
     """
     pulse = Pulse()
     guard = Guard(world=world, interruption=interruption, pulse=pulse)
-    record = _begin(config.health, node, world, folder)
     line = _line(config.health, world, folder, pulse)
-
-    def end(ending: Ending) -> None:
-        step = pulse.now.step
-        record.end(
-            ending.code,
-            ending.exit_code,
-            step=step,
-            reason=ending.reason,
-            fingerprint=ending.fingerprint,
-        )
-
-    def leave(code: str, exit_code: int, reason: str) -> None:
-        ending = _heard_first(line, Ending(code=code, exit_code=exit_code, reason=reason))
-        if world.is_main:
-            end(ending)
-
-    def hang(code: str, exit_code: int, reason: str) -> None:
-        end(Ending(code=code, exit_code=exit_code, reason=reason, fingerprint=code))
-        tell_launcher(code, exit_code, reason)
-
-    watchdog = Watchdog(
-        config.health,
-        pulse,
-        line,
-        run_folder=folder.path,
-        attempt=folder.attempt,
-        rank=world.rank,
-        size=world.size,
-        on_hang=hang,
-    )
+    marks = LoadMarks(folder.checkpoints, world)
+    record = _begin(config.health, node, world, folder, marks)
+    attempt = _Attempt(config, world, pulse, record, line, marks)
     with ExitStack() as stack:
         if line is not None:
             line.start()
             stack.callback(line.close)
         if config.health.watchdog:
+            watchdog = Watchdog(
+                config.health,
+                pulse,
+                line,
+                run_folder=folder.path,
+                attempt=folder.attempt,
+                rank=world.rank,
+                size=world.size,
+                on_hang=attempt.hang,
+            )
             watchdog.start()
             stack.callback(watchdog.close)
         interruption.has_begun = lambda: pulse.has_stepped
-        interruption.on_leave.append(leave)
-        stack.callback(interruption.on_leave.remove, leave)
+        interruption.on_leave.append(attempt.leave)
+        stack.callback(interruption.on_leave.remove, attempt.leave)
         try:
             yield guard
         except BaseException as error:
             if isinstance(error, RunEndedError) and not guard.is_end_for_all:
                 record.open_to_restarts()
-            named = _named(error, config, world, pulse)
-            ending = _heard_first(line, ending_of(named))
-            if world.is_main:
-                end(ending)
-            if named is not error and os.environ.get("LOCAL_RANK", "0") != "0":
-                logger.error("%s", named)  # `main` tells it on the first rank of a host alone
-            if ending.reason != ending_of(named).reason and not isinstance(named, TrimtabError):
-                reason = f"another rank ended first: {ending.reason}"
-                named = RunEndedError(reason, code=ending.code, exit_code=ending.exit_code)
-            if named is error:
+            told = attempt.failed(error)
+            if told is error:
                 raise
-            raise named from None
+            raise told from None
         if world.is_main:
-            end(Ending(code=COMPLETED, exit_code=0))
+            attempt.end(Ending(code=COMPLETED, exit_code=0))
+
+
+class _Attempt:
+    """One attempt of one rank, as far as its end is concerned."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        pulse: Pulse,
+        record: OutcomeRecord,
+        line: Heartbeats | None,
+        marks: LoadMarks,
+    ) -> None:
+        self._marks = marks
+        self._config = config
+        self._world = world
+        self._pulse = pulse
+        self._record = record
+        self._line = line
+
+    def end(self, ending: Ending) -> None:
+        """Write down how it ended."""
+        self._record.end(
+            ending.code,
+            ending.exit_code,
+            step=self._pulse.now.step,
+            reason=ending.reason,
+            fingerprint=ending.fingerprint,
+        )
+
+    def leave(self, code: str, exit_code: int, reason: str) -> None:
+        """Write down the end of a process that a signal ends at once."""
+        self._marks.clear()  # a load that a signal ended says nothing against the checkpoint
+        ending = self._first_ending(Ending(code=code, exit_code=exit_code, reason=reason))
+        if self._world.is_main:
+            self.end(ending)
+
+    def hang(self, code: str, exit_code: int, reason: str) -> None:
+        """Write down what the watchdog found; called on the rank that found it."""
+        self.end(Ending(code=code, exit_code=exit_code, reason=reason, fingerprint=code))
+        tell_launcher(code, exit_code, reason)
+
+    def failed(self, error: BaseException) -> BaseException:
+        """Write down the end by an exception, and return the one that tells it best."""
+        if is_out_of_memory(error):
+            error = OutOfDeviceMemoryError(
+                advice(
+                    self._config,
+                    rank=self._world.rank,
+                    num_ranks=self._world.size,
+                    device=self._world.device,
+                    step=self._pulse.now.step,
+                )
+            )
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                logger.error("%s", error)  # `main` tells it on the first rank of a host alone
+        own = ending_of(error)
+        first = self._first_ending(own)
+        if self._world.is_main:
+            self.end(first)
+        if first == own or isinstance(error, TrimtabError):
+            return error
+        reason = f"another rank ended first: {first.reason}"
+        return RunEndedError(reason, code=first.code, exit_code=first.exit_code)
+
+    def _first_ending(self, ending: Ending) -> Ending:
+        """Say how this rank ends, and return what the first rank that ended has said.
+
+        A rank that fails takes the others with it: they see a closed connection, it knows why.
+        """
+        if self._line is None:
+            return ending
+        self._line.say("words", asdict(ending))
+        words = self._line.hear("words", _WORDS_SECONDS)
+        if words is None or words["rank"] == self._world.rank:
+            return ending
+        return Ending(**{key: value for key, value in words.items() if key != "rank"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,35 +257,6 @@ def ending_of(error: BaseException) -> Ending:
     )
 
 
-def _named(error: BaseException, config: RunConfig, world: World, pulse: Pulse) -> BaseException:
-    """Return the exception that says it best: want of memory is told with what to change."""
-    if not is_out_of_memory(error):
-        return error
-    return OutOfDeviceMemoryError(
-        advice(
-            config,
-            rank=world.rank,
-            num_ranks=world.size,
-            device=world.device,
-            step=pulse.now.step,
-        )
-    )
-
-
-def _heard_first(line: Heartbeats | None, ending: Ending) -> Ending:
-    """Say how this rank ends, and return what the first rank that ended has said.
-
-    A rank that fails takes the others with it: they see a closed connection, it knows the cause.
-    """
-    if line is None:
-        return ending
-    line.say("words", asdict(ending))
-    words = line.hear("words", _WORDS_SECONDS)
-    if words is None or words.pop("rank") == line.rank:
-        return ending
-    return Ending(**words)
-
-
 def _line(
     settings: HealthSettings, world: World, folder: RunFolder, pulse: Pulse
 ) -> Heartbeats | None:
@@ -252,7 +276,11 @@ def _line(
 
 
 def _begin(
-    settings: HealthSettings, node: Mapping[str, Any], world: World, folder: RunFolder
+    settings: HealthSettings,
+    node: Mapping[str, Any],
+    world: World,
+    folder: RunFolder,
+    marks: LoadMarks,
 ) -> OutcomeRecord:
     """Write down that the attempt runs, or refuse it. A collective."""
     why, start, ends = None, Outcome(code=RUNNING), []
@@ -260,7 +288,8 @@ def _begin(
         ends = read_outcomes(folder.path).ended(last_step=last_step_of(folder.metrics))
         sign = signature(node)
         start = Outcome(code=RUNNING, attempt=folder.attempt, signature=sign, launch=launch_id())
-        why = verdict(ends, sign, max_same_failures=settings.max_same_failures)
+        if not marks.has_hopeless():  # else this start differs: it takes another checkpoint
+            why = verdict(ends, sign, max_same_failures=settings.max_same_failures)
     why, start, ends = world.broadcast((why, start, ends))
     record = OutcomeRecord(folder.path, start, ends)
     if why is not None:

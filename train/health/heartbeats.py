@@ -89,7 +89,7 @@ class Heartbeats:
         interval_seconds: float,
     ) -> None:
         self._make_store = make_store
-        self.rank = self._rank = rank
+        self._rank = rank
         self._size = size
         self._pulse = pulse
         self._interval_seconds = interval_seconds
