@@ -118,6 +118,7 @@ def _execute_in(
                 process_start_time=process_start_time,
             )
         )
+        guard.compare_speeds_of(run.engine.model, config.health)
         run = replace(run, guard=guard)
         try:
             _start_and_train(config, world, folder, run, node)

@@ -10,6 +10,7 @@
         on_rewind(incident, state)          own state was restored before
         on_ledger_change(incident, state)   an operator's skip or return
         on_evaluation(evaluation, state)    held-out losses, on their schedule and at the end
+        on_alert(alert, state)              something that a person should know of
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
@@ -66,6 +67,16 @@ class RunStart:
     is_changed: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """Something that a person should know of; `fields` go into the timeline."""
+
+    kind: str
+    text: str
+    short: str
+    fields: Mapping[str, object]
+
+
 class Callback:
     """Base of all callbacks; override what you need."""
 
@@ -113,6 +124,9 @@ class Callback:
 
     def on_evaluation(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
         """Take note of the held-out losses of a state, and of how long they took."""
+
+    def on_alert(self, alert: Alert, state: TrainState) -> None:
+        """Take note of something that a person should know of."""
 
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
@@ -177,6 +191,10 @@ class Events:
     def evaluated(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_evaluation(evaluation, state, seconds))
+
+    def alerted(self, alert: Alert, state: TrainState) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_alert(alert, state))
 
     def snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

@@ -107,12 +107,12 @@ def train(run: Run, state: TrainState) -> Ending:
             state = _perform(run, state, action, reports)
         if any(report.signals.is_flagged for report in ready):
             if (stop := run.guard.wanted_stop()) is not None:
-                for report in reports.drain():
-                    run.events.after_update(report)  # so that what is saved knows all its steps
-                return _stop(run, state, stop)
+                return _stop_for_signal(run, state, stop, reports)
             state = _serve(run, state, reports)
-        if state is stepped and run.validation.is_due(state.step) and state.step < run.last_step:
-            _evaluate(run, state)
+        if state is stepped:
+            run.guard.look_for_stragglers(state, run.events)
+            if run.validation.is_due(state.step) and state.step < run.last_step:
+                _evaluate(run, state)
     is_saved = not run.saves_at_end or any(
         info.clock == state.clock for info in run.tiers.store.entries()
     )
@@ -232,6 +232,12 @@ def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline
     state, incident = run.rewinder.rewind(action, state)
     run.events.rewound(incident, state, time.perf_counter() - started)
     return state
+
+
+def _stop_for_signal(run: Run, state: TrainState, stop: Stop, reports: ReportPipeline) -> Ending:
+    for report in reports.drain():
+        run.events.after_update(report)  # so that what is saved knows all its steps
+    return _stop(run, state, stop)
 
 
 def _stop(run: Run, state: TrainState, action: Stop) -> Ending:

@@ -261,3 +261,39 @@ def test_a_checkpoint_whose_load_ends_the_process_twice_is_given_up(tmp_path: Pa
 def die_at_batch_12(arguments: list[str]) -> int:
     at_batch(12, 0, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return main(arguments)
+
+
+def slow_forward_on_rank_1(arguments: list[str]) -> int:
+    from train.models.decoder import Decoder
+
+    original = Decoder.forward
+
+    def forward(self: Decoder, *inputs: Any, **named: Any) -> Any:
+        if int(os.environ.get("RANK", "0")) == 1 and len(metrics_of(arguments)) > 15:
+            time.sleep(0.03)
+        return original(self, *inputs, **named)
+
+    Decoder.forward = forward  # type: ignore[method-assign]
+    return main(arguments)
+
+
+def metrics_of(arguments: list[str]) -> list[dict[str, Any]]:
+    found = {a.partition("=")[0]: a.partition("=")[2] for a in arguments}
+    return metrics(Path(found["run.dir"]) / found["run.name"])
+
+
+def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launch = begin(
+        slow_forward_on_rank_1,
+        folder,
+        *("health.straggler_interval_steps=5", "health.straggler_sigma=20"),
+        num_ranks=2,
+        arguments=TINY,
+    )
+    assert wait_for_all(launch) == (0, 0), launch.output()
+    told = [record for record in records(folder / "events.jsonl") if record["kind"] == "straggler"]
+    told = [record for record in told if record["what"] == "a forward"]
+    assert [record["rank"] for record in told] == [1], launch.output()
+    assert 20 <= told[0]["step"] <= 30
+    assert "rank 1 (cpu on " in launch.output()

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from train.actions import Stop
 from train.checkpoint.load_marks import LoadMarks
@@ -25,6 +26,7 @@ from train.errors import (
     StoppedByPolicyError,
     TrimtabError,
 )
+from train.events import Alert, Events
 from train.health.crash_loop import signature, verdict
 from train.health.heartbeats import Heartbeats, connect
 from train.health.interruption import Interruption, Wish
@@ -43,9 +45,11 @@ from train.health.outcome import (
     tell_launcher,
 )
 from train.health.pulse import Phase, Pulse
+from train.health.stragglers import Stragglers
 from train.health.watchdog import Watchdog
 from train.run_folder import RunFolder, launch_id
 from train.settings import HealthSettings, RunConfig
+from train.state import TrainState
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +68,7 @@ class Guard:
         pulse: Pulse | None = None,
     ) -> None:
         self.pulse = pulse or Pulse()
+        self._stragglers: Stragglers | None = None
         self._world = world
         self._interruption = interruption or Interruption()
 
@@ -87,6 +92,43 @@ class Guard:
             Wish.INTERRUPTED: "interrupted by a person",
         }[wish]
         return Stop(reason=reason, needs_save=True, code=str(wish))
+
+    def compare_speeds_of(self, model: nn.Module, settings: HealthSettings) -> None:
+        """Look for slow ranks from now on, if there are others to compare with."""
+        if self._world.size > 1 and settings.straggler_interval_steps:
+            self._stragglers = Stragglers(
+                model,
+                self._world,
+                self.pulse,
+                interval_steps=settings.straggler_interval_steps,
+                sigma=settings.straggler_sigma,
+            )
+
+    def look_for_stragglers(self, state: TrainState, events: Events) -> None:
+        """Tell of ranks that have turned out slow. A collective, in few steps alone."""
+        if self._stragglers is None:
+            return
+        for found in self._stragglers.look(state.step):
+            if self._world.is_main:
+                logger.warning("%s", found)
+            speed = found.speed
+            events.alerted(
+                Alert(
+                    kind="straggler",
+                    text=str(found),
+                    short=f"rank {speed.rank} on {speed.host} is slow",
+                    fields={
+                        "rank": speed.rank,
+                        "host": speed.host,
+                        "device": speed.device,
+                        "what": found.what,
+                        "seconds_each": found.seconds,
+                        "others_seconds": found.others_seconds,
+                        "sigma": found.sigma,
+                    },
+                ),
+                state,
+            )
 
     @property
     def is_end_for_all(self) -> bool:

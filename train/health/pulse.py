@@ -40,6 +40,8 @@ class Pulse:
         self.now = Beat(phase=Phase.START, step=0, since=time.monotonic())
         self.longest_seconds: dict[Phase, float] = {}
         """Of the phases that have ended in this attempt."""
+        self.seconds: dict[Phase, float] = {}
+        """All that a phase has taken so far in this attempt."""
 
     @property
     def has_stepped(self) -> bool:
@@ -52,5 +54,7 @@ class Pulse:
             phase = Phase.COMPILE
         before, now = self.now, time.monotonic()
         self.now = Beat(phase=phase, step=step, since=now)
+        spent = now - before.since
         longest = self.longest_seconds.get(before.phase, 0.0)
-        self.longest_seconds[before.phase] = max(longest, now - before.since)
+        self.longest_seconds[before.phase] = max(longest, spent)
+        self.seconds[before.phase] = self.seconds.get(before.phase, 0.0) + spent
