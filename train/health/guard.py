@@ -82,11 +82,9 @@ class Guard:
 
     def wanted_stop(self) -> Stop | None:
         """Return how to stop, None if no rank was asked to. A collective."""
-        agreed = self._interruption.agreed(self._world.gather(self._interruption.own()))
-        if agreed is None:
+        wish = self._interruption.agree(self._world.gather(self._interruption.own()))
+        if wish is None:
             return None
-        wish, is_for_all = agreed
-        self._interruption.is_for_all = is_for_all
         reason = {
             Wish.PREEMPTED: "a signal asked for the end (preemption or a time limit)",
             Wish.INTERRUPTED: "interrupted by a person",
@@ -129,11 +127,6 @@ class Guard:
                 ),
                 state,
             )
-
-    @property
-    def is_end_for_all(self) -> bool:
-        """False if some hosts were asked to end, and the others may go on without them."""
-        return self._interruption.is_for_all
 
 
 def ended_by_signal(stop: Stop) -> RunEndedError:
@@ -185,7 +178,7 @@ def guarded(
         try:
             yield guard
         except BaseException as error:
-            if isinstance(error, RunEndedError) and not guard.is_end_for_all:
+            if isinstance(error, RunEndedError) and not interruption.is_final:
                 record.open_to_restarts()
             told = attempt.failed(error)
             if told is error:

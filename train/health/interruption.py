@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,8 +48,10 @@ class Interruption:
 
     def __init__(self) -> None:
         self.wish: Wish | None = None
-        self.is_for_all = False
-        """True if the whole job is to end, not this host alone (a host that is drained)."""
+        self.is_final = False
+        """True if this launch must not start the run again. A SIGTERM is not: torchrun's agent
+        sends it as well when a host joins, and starts the ranks again; if it was told to end
+        itself, it does not."""
         self.has_begun: Callable[[], bool] = lambda: False
         self.on_leave: list[Callable[[str, int, str], None]] = []
         self._first_interrupt: float | None = None
@@ -59,21 +60,18 @@ class Interruption:
         """True once a signal has come; costs nothing."""
         return self.wish is not None
 
-    def agreed(self, answers: list[tuple[Wish | None, bool, str]]) -> tuple[Wish, bool] | None:
-        """Return what all ranks do, from every rank's `own()`, and whether it is for all hosts."""
-        wishes = [wish for wish, _, _ in answers if wish is not None]
+    def own(self) -> tuple[Wish | None, bool]:
+        """Return this rank's part of the agreement."""
+        return self.wish, self.is_final
+
+    def agree(self, answers: list[tuple[Wish | None, bool]]) -> Wish | None:
+        """Return what all ranks do, from every rank's `own()`."""
+        wishes = [wish for wish, _ in answers if wish is not None]
+        self.is_final = any(is_final for _, is_final in answers)
         if not wishes:
             return None
-        hosts = {host for _, _, host in answers}
-        asked = {host for wish, _, host in answers if wish is not None}
-        is_for_all = any(is_all for _, is_all, _ in answers) or asked == hosts
         # A person's wish to stop is stronger: nobody shall start it again.
-        wish = Wish.INTERRUPTED if Wish.INTERRUPTED in wishes else Wish.PREEMPTED
-        return wish, is_for_all
-
-    def own(self) -> tuple[Wish | None, bool, str]:
-        """Return this rank's part of the agreement."""
-        return self.wish, self.is_for_all, socket.gethostname()
+        return Wish.INTERRUPTED if Wish.INTERRUPTED in wishes else Wish.PREEMPTED
 
     @contextmanager
     def installed(self) -> Iterator[Interruption]:
@@ -130,7 +128,7 @@ class Interruption:
             self.wish = Wish.INTERRUPTED
         elif self.wish is None:
             self.wish = Wish.PREEMPTED
-        self.is_for_all |= number is not signal.SIGTERM
+        self.is_final |= number is not signal.SIGTERM
         if is_again:
             self._leave(f"{number.name} came twice: stopped at once")
         if not self.has_begun():

@@ -143,7 +143,7 @@ class OutcomeRecord:
         self._write(ending)
 
     def open_to_restarts(self) -> None:
-        """Let this launch start the run again: only a part of its hosts were told to end."""
+        """Let this launch start the run again, should torchrun's agent live on to do so."""
         self._start = replace(self._start, launch="")
 
     def _write(self, outcome: Outcome) -> None:

@@ -58,8 +58,8 @@ class Straggler:
     def __str__(self) -> str:
         return (
             f"rank {self.speed.rank} ({self.speed.device} on {self.speed.host}) is slow: "
-            f"{self.what} takes {self.seconds * 1e3:.1f} ms, {self.others_seconds * 1e3:.1f} ms elsewhere "
-            f"({self.sigma:.0f} sigma)"
+            f"{self.what} takes {self.seconds * 1e3:.1f} ms, "
+            f"{self.others_seconds * 1e3:.1f} ms elsewhere ({self.sigma:.0f} sigma)"
         )
 
 

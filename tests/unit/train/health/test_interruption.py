@@ -22,7 +22,7 @@ interruption.on_leave.append(lambda *what: print(*what, flush=True))
 with interruption.installed():
     print("ready", flush=True)
     {body}
-    print(interruption.wish, interruption.is_for_all, flush=True)
+    print(interruption.wish, interruption.is_final, flush=True)
 """
 
 
@@ -46,7 +46,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "wish", "is_for_all"),
+    ("number", "wish", "is_final"),
     [
         (signal.SIGTERM, Wish.PREEMPTED, False),
         (signal.SIGUSR1, Wish.PREEMPTED, True),
@@ -54,7 +54,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
     ],
 )
 def test_a_signal_raises_the_flag_and_nothing_else(
-    number: signal.Signals, wish: Wish, is_for_all: bool
+    number: signal.Signals, wish: Wish, is_final: bool
 ) -> None:
     interruption = Interruption()
     interruption.has_begun = lambda: True
@@ -65,7 +65,7 @@ def test_a_signal_raises_the_flag_and_nothing_else(
         os.kill(os.getpid(), number)  # once more, as a launcher may pass it on twice
         wait_until(interruption.is_waiting)
     assert interruption.wish is wish
-    assert interruption.is_for_all is is_for_all
+    assert interruption.is_final is is_final
     assert signal.getsignal(number) is before
     assert signal.set_wakeup_fd(-1) == -1
 
@@ -108,11 +108,11 @@ def test_a_forked_child_dies_of_a_signal_and_the_parent_does_not_hear_of_it() ->
     assert output.splitlines() == [str(int(signal.SIGTERM)), "None False"]
 
 
-def test_the_wish_of_a_person_wins_and_a_drained_host_is_not_the_whole_job() -> None:
-    agreed = Interruption().agreed
-    none, term, usr1 = None, Wish.PREEMPTED, Wish.PREEMPTED
-    assert agreed([(none, False, "a"), (none, False, "b")]) is None
-    assert agreed([(term, False, "a"), (none, False, "b")]) == (Wish.PREEMPTED, False)
-    assert agreed([(term, False, "a"), (none, False, "a")]) == (Wish.PREEMPTED, True)
-    assert agreed([(usr1, True, "a"), (none, False, "b")]) == (Wish.PREEMPTED, True)
-    assert agreed([(term, False, "a"), (Wish.INTERRUPTED, True, "b")]) == (Wish.INTERRUPTED, True)
+def test_the_wish_of_a_person_wins_and_what_one_rank_knows_holds_for_all() -> None:
+    term, usr1, interrupt = (Wish.PREEMPTED, False), (Wish.PREEMPTED, True), Wish.INTERRUPTED
+    none = (None, False)
+    interruption = Interruption()
+    assert interruption.agree([none, none]) is None
+    assert (interruption.agree([term, none]), interruption.is_final) == (Wish.PREEMPTED, False)
+    assert (interruption.agree([none, usr1]), interruption.is_final) == (Wish.PREEMPTED, True)
+    assert interruption.agree([term, (interrupt, True)]) is interrupt
