@@ -12,6 +12,7 @@ import time
 
 PROCESS_START_TIME = time.time()
 
+import logging
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from train.errors import ConfigError, RunEndedError, TrimtabError
+from train.health import elastic
 from train.health.interruption import Interruption
 from train.health.orphans import die_with_launcher
 from train.health.outcome import (
@@ -100,6 +102,9 @@ def run_job(node: DictConfig, interruption: Interruption) -> None:
     check_folder(folder, plain, overwrite=config.run.overwrite)
     log_to_console()
     _refuse_restart(folder)
+    said = elastic.warning(elastic.agent_command(), os.environ)
+    if said is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s", said)
     number = HydraConfig.get().job.num if _is_multirun() else 0
     from train.build import execute
 

@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import signal
+import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from harness import (
     Launch,
     assert_same_tensors,
     checkpoints,
+    environment,
     losses_by_step,
     metrics,
     place,
@@ -29,6 +32,8 @@ from harness import (
     summary,
     wait_for_step,
 )
+
+from train.health.heartbeats import process_start
 
 SLOW = Fault(seconds_a_batch=0.05)
 QUICK = (*TINY, "health.heartbeat_seconds=0.3", "health.hang_seconds=2", "health.hang_factor=2")
@@ -189,7 +194,9 @@ def die_at_batch_4(arguments: list[str]) -> int:
     return main(arguments)
 
 
-@pytest.mark.parametrize("target", [fail_at_batch_4, die_at_batch_4])
+@pytest.mark.parametrize(
+    "target", [die_at_batch_4, pytest.param(fail_at_batch_4, marks=pytest.mark.slow)]
+)
 def test_the_same_failure_three_times_stops_the_run_until_something_changes(
     target: Callable[[list[str]], int], tmp_path: Path
 ) -> None:
@@ -297,3 +304,109 @@ def test_a_slow_rank_is_named_once(tmp_path: Path) -> None:
     assert [record["rank"] for record in told] == [1], launch.output()
     assert 20 <= told[0]["step"] <= 30
     assert "rank 1 (cpu on " in launch.output()
+
+
+class Agent:
+    """torchrun's agent of one "host", in an elastic launch of one or two."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=5", "--rdzv-id=a-launch"]
+        place_ = [f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=2"]
+        more = ("run.steps=2000", "checkpoint.interval_steps=20", "engine.timeout_seconds=30")
+        with (folder.parent / "agents.log").open("a") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "torch.distributed.run", "--rdzv-backend=c10d"),
+                    *(*elastic, *place_, MAIN, *TINY, *more, *place(folder)),
+                ],
+                env={
+                    **environment(),
+                    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+                    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+                },
+                stdout=log,
+                stderr=log,
+            )
+
+    def power_off(self) -> None:
+        """SIGKILL the agent; the kernel does the same to its ranks."""
+        self._process.kill()
+        self._process.wait()
+
+    def ask_for_the_end(self) -> None:
+        self._process.send_signal(signal.SIGUSR1)
+        self._process.wait(timeout=60)
+
+
+def wait_for_world(folder: Path, starts: int, world_size: int) -> None:
+    """Return when that many attempts have begun and the last one, of so many ranks, trains."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        begun = [r for r in records(folder / "events.jsonl") if r["kind"] == "run_start"]
+        stepped = metrics(folder)
+        if len(begun) >= starts and stepped and begun[-1]["world_size"] == world_size:
+            here = [r for r in stepped if r["attempt"] == begun[-1]["attempt"]]
+            if len(here) > 25:
+                return
+        time.sleep(0.05)
+    raise TimeoutError((folder.parent / "agents.log").read_text()[-5000:])
+
+
+@pytest.mark.slow
+def test_a_lost_host_is_done_without_and_taken_in_again_with_the_same_data(tmp_path: Path) -> None:
+    folder, port = tmp_path / "run", free_port()
+    agents = [Agent(folder, port)]
+    try:
+        time.sleep(1)  # it holds the store of the rendezvous
+        agents.append(Agent(folder, port))
+        wait_for_world(folder, 1, 2)
+        agents[1].power_off()
+        wait_for_world(folder, 2, 1)
+        agents.append(Agent(folder, port))
+        wait_for_world(folder, 3, 2)
+        agents[0].ask_for_the_end()
+    finally:
+        for agent in agents:
+            agent.power_off()
+    ended = outcome(folder)
+    assert (ended["code"], ended["attempt"]) == ("preempted", 2)
+    cursors: dict[int, set[int]] = {}
+    for record in metrics(folder):
+        cursors.setdefault(record["step"], set()).add(record["cursor"])
+    assert sorted(cursors) == list(range(1, ended["step"] + 1)), "no step is missing"
+    assert all(len(found) == 1 for found in cursors.values()), "each step reads the same data"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_a_killed_agent_leaves_no_rank_behind(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from train.health.orphans import die_with_launcher
+die_with_launcher()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+    (tmp_path / "rank.py").write_text(code)
+    launcher = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            str(tmp_path / "rank.py"),
+        ],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    rank = int(launcher.stdout.readline())
+    launcher.kill()
+    killed = time.monotonic()
+    while Path(f"/proc/{rank}").exists() and process_start(rank):
+        assert time.monotonic() < killed + 5, "it lives on"
+        time.sleep(0.01)
+    launcher.wait()
+    launcher.stdout.close()
