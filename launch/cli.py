@@ -108,7 +108,7 @@ def _launch_local(cluster: "ClusterConfig", overrides: list[str], *, dry_run: bo
     if dry_run:
         print(local.preview(arguments, local.variables(cluster)))
     else:
-        local.run(arguments, local.variables(cluster))
+        sys.exit(local.supervise(arguments, local.variables(cluster)))
 
 
 def _launch_slurm(

@@ -26,6 +26,7 @@ from train.callbacks.spike_recovery import SpikeRecovery
 from train.callbacks.tracking import Telemetry, Tracking
 from train.chaos import inject_into_source
 from train.checkpoint.interval import FailureRate, count_failures, observed_rate
+from train.checkpoint.load_marks import LoadMarks
 from train.checkpoint.remote import RemoteCopies
 from train.checkpoint.saver import Saver
 from train.checkpoint.snapshots import (
@@ -291,7 +292,8 @@ def _tiers(
     is_empty = not store.entries() and not store.unreadable
     if remote is not None and is_empty and remote.fetch() is not None:
         store.open()
-    return Tiers(store, SnapshotRing(engine, world, size=size))
+    ring = SnapshotRing(engine, world, size=size)
+    return Tiers(store, ring, LoadMarks(folder.checkpoints, world))
 
 
 def _remote(config: RunConfig, folder: RunFolder, world: World) -> RemoteCopies | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,9 @@ from train.errors import (
     StoppedByPolicyError,
 )
 from train.events import RunStart
+from train.health.guard import ended_by_signal, guarded
+from train.health.interruption import Interruption
+from train.health.pulse import Phase
 from train.logs import log_to_folder
 from train.loop import Ending, Run, train
 from train.reports import was_calm_after
@@ -46,11 +49,18 @@ from train.state import TrainState
 logger = logging.getLogger(__name__)
 
 
-def execute(config: RunConfig, node: Mapping[str, Any], *, job_name: str, birth: Birth) -> None:
+def execute(
+    config: RunConfig,
+    node: Mapping[str, Any],
+    *,
+    job_name: str,
+    birth: Birth,
+    interruption: Interruption,
+) -> None:
     """Run one job from its first to its last step, or from where it was left.
 
     `node`: the resolved config as plain containers, for the run folder. Called on all ranks.
-    Raises: TrimtabError; StoppedByPolicyError if recovery gave up.
+    Raises: TrimtabError; StoppedByPolicyError if recovery gave up, RunEndedError after a signal.
     """
     corpora = open_sources(config.data, config.tokenizer)
     vocab_size = max((corpus.vocab_size or 0 for corpus in corpora.values()), default=0)
@@ -71,7 +81,7 @@ def execute(config: RunConfig, node: Mapping[str, Any], *, job_name: str, birth:
         torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.
-        _execute_in(world, config, node, corpora, data, birth)
+        _execute_in(world, config, node, corpora, data, birth, interruption)
 
 
 def _execute_in(
@@ -81,12 +91,14 @@ def _execute_in(
     corpora: Mapping[str, Corpus],
     data: RunData,
     birth: Birth,
+    interruption: Interruption,
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
     _agree_on_corpora(world, corpora)
-    with closing(FolderLock(config.run.folder)) as lock:
+    with closing(FolderLock(config.run.folder)) as lock, ExitStack() as stack:
         folder = _open_folder(config, node, corpora, world, lock)
         log_to_folder(folder.path)
+        guard = stack.enter_context(guarded(config, node, world, folder, interruption))
         bad_shards = find_bad_shards(corpora, config.data, world)
         schedule = schedule_of(config)
         if any(bad_shards.values()):
@@ -107,6 +119,8 @@ def _execute_in(
                 birth=birth,
             )
         )
+        guard.compare_speeds_of(run.engine.model, config.health)
+        run = replace(run, guard=guard)
         try:
             _start_and_train(config, world, folder, run, node)
         finally:
@@ -190,11 +204,14 @@ def _start_and_train(
     with closing(run.inbox):
         run.inbox.start()
         ending = train(run, state)
+    run.guard.enter(Phase.END, ending.state.step)
     run.saver.finish()
     run.events.run_end(_summary(config, run, ending))
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:
-        raise StoppedByPolicyError(ending.stop.reason)
+        raise StoppedByPolicyError(ending.stop.reason, ending.stop.code)
+    if ending.stop is not None:
+        raise ended_by_signal(ending.stop)
     if not ending.is_saved:
         raise CheckpointError(
             f"the run is complete, but its last checkpoint could not be written to "

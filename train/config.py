@@ -43,6 +43,7 @@ FREE_KEYS = (
     "cluster.",
     "integrity.",
     "recovery.",
+    "health.",
     "data.paths",  # their digests are compared instead
     "data.read_ahead_batches",
     "data.validation_interval_steps",

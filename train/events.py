@@ -11,6 +11,7 @@
         on_ledger_change(incident, state)   an operator's skip or return
         on_evaluation(evaluation, state)    held-out losses, on their schedule and at the end
         on_integrity_check(check, found)    replicas were compared, or a step executed twice
+        on_alert(alert, state)              something that a person should know of
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
@@ -69,6 +70,16 @@ class RunStart:
     is_changed: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """Something that a person should know of; `fields` go into the timeline."""
+
+    kind: str
+    text: str
+    short: str
+    fields: Mapping[str, object]
+
+
 class Callback:
     """Base of all callbacks; override what you need."""
 
@@ -125,6 +136,9 @@ class Callback:
         self, check: Check, found: Corruption | None, state: TrainState, seconds: float
     ) -> None:
         """Take note of a search for silent corruption, and of what it found, if anything."""
+
+    def on_alert(self, alert: Alert, state: TrainState) -> None:
+        """Take note of something that a person should know of."""
 
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
@@ -195,6 +209,10 @@ class Events:
     ) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_integrity_check(check, found, state, seconds))
+
+    def alerted(self, alert: Alert, state: TrainState) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_alert(alert, state))
 
     def snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

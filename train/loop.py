@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
@@ -18,7 +18,9 @@ from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
 from train.errors import DataEndError
 from train.events import Events
+from train.health.guard import Guard
 from train.health.integrity import Integrity
+from train.health.pulse import Phase
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.rewind import Rewinder
@@ -47,6 +49,7 @@ class Run:
     last_step: int
     saves_at_start: bool
     saves_at_end: bool
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ def train(run: Run, state: TrainState) -> Ending:
         _save(run, state, Save(reason="start", to_memory=True), Health.GOOD, waits=True)
     state = _serve(run, state, reports)
     while state.step < run.last_step:
+        run.guard.enter(Phase.DATA, state.step)
         started = time.perf_counter()
         lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
         try:
@@ -79,6 +83,7 @@ def train(run: Run, state: TrainState) -> Ending:
                 run.events.after_update(report)  # whatever it asks for, the run ends here
             return _stop(run, state, _out_of_data(error, run, state))
         gate = run.events.gate()
+        run.guard.enter(Phase.STEP, state.step)
         step_started = time.perf_counter()
         step = partial(
             run.engine.step,
@@ -87,7 +92,7 @@ def train(run: Run, state: TrainState) -> Ending:
             num_tokens=batch.num_tokens,
             lr=lr,
             gate=gate,
-            flag=run.inbox.is_waiting() or run.saver.has_news(),
+            flag=run.inbox.is_waiting() or run.saver.has_news() or run.guard.is_waiting(),
         )
         signals = run.integrity.execute(run.engine, step, state)
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
@@ -110,11 +115,20 @@ def train(run: Run, state: TrainState) -> Ending:
             state = _perform(run, state, action, reports)
         if any(report.signals.is_flagged for report in ready):
             run.saver.settle(waits=False)
+            if (stop := run.guard.wanted_stop()) is not None:
+                return _stop_for_signal(run, state, stop, reports)
             state = _serve(run, state, reports)
         if (stop := run.saver.wish(state, incident=run.history.last_incident + 1)) is not None:
             return _stop(run, state, stop)
-        if state is stepped and run.validation.is_due(state.step) and state.step < run.last_step:
-            _evaluate(run, state)
+        if state is stepped:
+            run.guard.look_for_stragglers(state, run.events)
+            if run.validation.is_due(state.step) and state.step < run.last_step:
+                _evaluate(run, state)
+    return _finish(run, state)
+
+
+def _finish(run: Run, state: TrainState) -> Ending:
+    """Keep and evaluate the last state. A collective."""
     is_saved = run.saver.holds(state)
     if run.saves_at_end and not is_saved:
         _save(run, state, Save(reason="end"), Health.CANDIDATE, waits=True)
@@ -191,6 +205,7 @@ def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
 
 def _evaluate(run: Run, state: TrainState) -> Evaluation:
     """Take the held-out losses of the present state. A collective, and a host sync."""
+    run.guard.enter(Phase.EVALUATION, state.step)
     started = time.perf_counter()
     evaluation = run.validation.evaluate(run.engine)
     run.events.evaluated(evaluation, state, time.perf_counter() - started)
@@ -201,6 +216,7 @@ def _save(
     run: Run, state: TrainState, action: Save, health: Health, *, waits: bool = False
 ) -> None:
     """Keep the state; a save to disk that fails is a warning. A collective."""
+    run.guard.enter(Phase.SAVE, state.step)
     extra = {
         "ledger": run.data.skipped(),
         "callbacks": run.events.state_dict(),
@@ -210,6 +226,7 @@ def _save(
 
 
 def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline) -> TrainState:
+    run.guard.enter(Phase.REWIND, state.step)
     started = time.perf_counter()
     logger.info("%s; going back to %s", action.reason, action.target)
     reports.clear()
@@ -218,6 +235,14 @@ def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline
     run.saver.copy_away()  # what is quarantined is so everywhere
     run.events.rewound(incident, state, time.perf_counter() - started)
     return state
+
+
+def _stop_for_signal(run: Run, state: TrainState, stop: Stop, reports: ReportPipeline) -> Ending:
+    for report in reports.drain():
+        run.events.after_update(report)  # so that what is saved knows all its steps
+    (reviewed,) = run.integrity.reviewed([stop], run.engine, state)
+    assert isinstance(reviewed, Stop), "who is asked to stop stops, whatever is found"
+    return _stop(run, state, reviewed)
 
 
 def _stop(run: Run, state: TrainState, action: Stop) -> Ending:

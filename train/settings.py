@@ -278,6 +278,21 @@ class RecoverySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealthSettings:
+    """`health`: when a rank hangs or lags, and when another attempt would be in vain."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    watchdog: bool
+    heartbeat_seconds: PositiveFloat
+    hang_seconds: PositiveFloat
+    hang_factor: Annotated[float, Field(ge=1)]
+    start_seconds: PositiveFloat
+    straggler_interval_steps: NonNegative
+    straggler_sigma: PositiveFloat
+    max_same_failures: NonNegative
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallbackSettings:
     """`callbacks`: names of the callbacks that run; each is a module of `train/callbacks`."""
 
@@ -345,6 +360,7 @@ class RunConfig:
     engine: EngineSettings
     checkpoint: CheckpointSettings
     recovery: RecoverySettings
+    health: HealthSettings
     tracker: TrackerConfig
     callbacks: CallbackSettings
     integrity: IntegritySettings

@@ -23,7 +23,7 @@ from train.actions import Note
 from train.checkpoint.info import CheckpointInfo
 from train.data.validation import Evaluation
 from train.durable import write_json
-from train.events import Callback, CallbackPhase, RunStart
+from train.events import Alert, Callback, CallbackPhase, RunStart
 from train.health.corruption import Check, Corruption
 from train.recovery.journal import Incident
 from train.signals import StepReport
@@ -270,6 +270,11 @@ class Tracking(Callback):
         if note.is_observed:
             text = f"incident {note.incident}, observed: {note.reason}"
             self._tell("observed", text, f"{note.verdict} at {note.onset_step}, observed", state)
+
+    def on_alert(self, alert: Alert, state: TrainState) -> None:
+        """Record and show it."""
+        self._event(alert.kind, state, text=alert.text, **alert.fields)
+        self._tell(alert.kind, alert.text, alert.short, state)
 
     def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Record a snapshot."""
