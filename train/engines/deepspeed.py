@@ -23,6 +23,7 @@ from torch import Tensor
 from train.data.layout import DocumentLayout
 from train.distributed import World
 from train.engines.base import PendingWrite
+from train.engines.dcp import accept_lone_process
 from train.engines.deepspeed_state import (
     group_settings,
     is_stage_3,
@@ -182,6 +183,7 @@ class DeepSpeedEngine:
             materialise_state(zero.optimizer, masters(zero))
         self.reads_together = self._is_shared
         self._copier = SnapshotCopier(world.device)
+        accept_lone_process()
         self._sample_losses = SampleLosses()
         self._world = world
         self._optim = optim

@@ -14,6 +14,9 @@ from train.distributed import World
 from train.engines.flat_state import FlatPart, boxes, read_state, write_state
 from train.errors import CheckpointError
 
+# Engines accept it for their process.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
