@@ -37,6 +37,7 @@ from train.health.heartbeats import process_start
 
 SLOW = Fault(seconds_a_batch=0.05)
 QUICK = (*TINY, "health.heartbeat_seconds=0.3", "health.hang_seconds=2", "health.hang_factor=2")
+QUICK += ("health.max_same_failures=3",)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
