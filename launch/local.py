@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -25,6 +26,7 @@ OUTCOME_VARIABLE = "TRIMTAB_OUTCOME"
 SIGNALS_TO_HANDLE = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+_SAME_SECONDS = 1.0  # one Ctrl-C may come twice
 
 
 def command(
@@ -77,7 +79,8 @@ def run(arguments: Sequence[str], added: Mapping[str, str]) -> NoReturn:
 def supervise(arguments: Sequence[str], added: Mapping[str, str]) -> int:
     """Run the command, pass every signal on to it, and return the exit code of the training.
 
-    It is the one that the ranks have written down; without one it is the command's own.
+    It is the one that the ranks have written down; without one it is the command's own. A second
+    SIGINT ends the command at once, and the kernel its ranks: torchrun would wait for them.
 
     Raises:
         LaunchError: the program cannot be started.
@@ -95,15 +98,23 @@ def supervise(arguments: Sequence[str], added: Mapping[str, str]) -> int:
             )
         except OSError as error:
             raise LaunchError(f"{arguments[0]} cannot be started: {error.strerror}") from error
-        before = {
-            number: signal.signal(number, lambda number, _: child.send_signal(number))
-            for number in _PASSED_ON
-        }
+        interrupts: list[float] = []
+
+        def pass_on(number: int, _: object) -> None:
+            if number == signal.SIGINT:
+                interrupts.append(time.monotonic())
+                if interrupts[-1] - interrupts[0] > _SAME_SECONDS:
+                    child.kill()
+            child.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
         try:
             returned = child.wait()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if interrupts and returned == -signal.SIGKILL:
+            return 128 + signal.SIGINT
         returned = returned if returned >= 0 else 128 - returned
         return _told(told) or returned
 

@@ -60,6 +60,7 @@ TINY = (
     "recovery.margin=0 batches",
     "recovery.announced_steps=2",  # the batch ramp is four steps long
     "recovery.threshold_sigma=3",  # 20 steps are few to know the noise from
+    "health.max_same_failures=0",  # tests kill a run again and again
 )
 # Batches 20 to 23 are foreign: samples 144 to 175, since the ramp makes the first four half as big.
 BAD_DATA = ("chaos=bad_data", "chaos.start=20 batches", "chaos.length=4 batches")

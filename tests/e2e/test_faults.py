@@ -37,6 +37,7 @@ from train.health.heartbeats import process_start
 
 SLOW = Fault(seconds_a_batch=0.05)
 QUICK = (*TINY, "health.heartbeat_seconds=0.3", "health.hang_seconds=2", "health.hang_factor=2")
+QUICK += ("health.max_same_failures=3",)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -105,7 +106,7 @@ def test_a_signal_saves_stops_and_the_same_command_ends_with_the_same_bits(
 ) -> None:
     folder = tmp_path / "run"
     launch = start(TINY, folder, num_ranks=num_ranks, fault=SLOW)
-    wait_for_step(launch, folder, 7, attempt=0)
+    wait_for_step(launch, folder, 5, attempt=0)
     os.kill(pids(launch)[-1], number)  # one rank alone
     assert launch.wait() == (exit_code,) * num_ranks, launch.output()
     last = checkpoints(folder)[-1]
@@ -205,7 +206,7 @@ def test_the_same_failure_three_times_stops_the_run_until_something_changes(
         assert wait_for_all(begin(target, folder)) in ((1,), (-9,))
     launch = begin(target, folder)
     assert wait_for_all(launch) == (3,), launch.output()
-    said = "ValueError: sensor" if target is fail_at_batch_4 else "died without a word"
+    said = "ValueError: sensor" if target is fail_at_batch_4 else "it died without a word"
     assert "the last 3 attempts all ended at step" in launch.output()
     assert f"in the same way: {said}" in launch.output()
     assert outcome(folder)["code"] == "crash_loop"

@@ -207,9 +207,9 @@ class _Attempt:
         self._record = record
         self._line = line
 
-    def end(self, ending: Ending) -> None:
-        """Write down how it ended."""
-        self._record.end(
+    def end(self, ending: Ending) -> bool:
+        """Write down how it ended; False if another rank has done so."""
+        return self._record.end(
             ending.code,
             ending.exit_code,
             step=self._pulse.now.step,
@@ -224,10 +224,13 @@ class _Attempt:
         if self._world.is_main:
             self.end(ending)
 
-    def hang(self, code: str, exit_code: int, reason: str) -> None:
+    def hang(self, code: str, exit_code: int, reason: str) -> bool:
         """Write down what the watchdog found; called on the rank that found it."""
-        self.end(Ending(code=code, exit_code=exit_code, reason=reason, fingerprint=code))
-        tell_launcher(code, exit_code, reason)
+        ending = Ending(code=code, exit_code=exit_code, reason=reason, fingerprint=code)
+        is_first = self.end(ending)
+        if is_first:
+            tell_launcher(code, exit_code, reason)
+        return is_first
 
     def failed(self, error: BaseException) -> BaseException:
         """Write down the end by an exception, and return the one that tells it best."""

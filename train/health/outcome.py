@@ -115,10 +115,10 @@ class OutcomeRecord:
     """`outcome.json` of the present attempt. The first end that is said stands."""
 
     def __init__(self, folder: Path, start: Outcome, previous: list[Outcome]) -> None:
+        self._folder = folder
         self._path = folder / OUTCOME_FILE
         self._start = start
         self._previous = [asdict(item) for item in previous[-_NUM_REMEMBERED:]]
-        self._has_ended = False
 
     def begin(self) -> None:
         """Say that the attempt runs. Called on rank 0 alone."""
@@ -126,11 +126,17 @@ class OutcomeRecord:
 
     def end(
         self, code: str, exit_code: int, *, step: int, reason: str = "", fingerprint: str = ""
-    ) -> None:
-        """Say how it ended, once."""
-        if self._has_ended:
-            return
-        self._has_ended = True
+    ) -> bool:
+        """Say how it ended; False if that was said before, or the run has gone on without us.
+
+        A host that was cut off finds out about its end later than the others.
+        """
+        known = read_outcomes(self._folder).last
+        if known is not None and (
+            known.attempt > self._start.attempt
+            or (known.attempt == self._start.attempt and known.code != RUNNING)
+        ):
+            return False
         ending = replace(
             self._start,
             code=code,
@@ -141,6 +147,7 @@ class OutcomeRecord:
             fingerprint=fingerprint or code,
         )
         self._write(ending)
+        return True
 
     def open_to_restarts(self) -> None:
         """Let this launch start the run again, should torchrun's agent live on to do so."""

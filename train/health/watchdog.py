@@ -35,7 +35,10 @@ def limit_seconds(
 
 
 class Watchdog:
-    """Watches one rank. `on_hang` writes down the end: code, exit code, reason."""
+    """Watches one rank.
+
+    `on_hang` writes down the end: code, exit code, reason; False if another rank has.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,7 @@ class Watchdog:
         attempt: int,
         rank: int,
         size: int,
-        on_hang: Callable[[str, int, str], None],
+        on_hang: Callable[[str, int, str], bool],
     ) -> None:
         self._settings = settings
         self._pulse = pulse
@@ -121,8 +124,9 @@ class Watchdog:
             "why": found.why,
             "reason": reason,
         }
-        write_hang(self._folder, self._run_folder, hang, [beats[rank] for rank in sorted(beats)])
-        self._on_hang(HANG, REQUEUE_EXIT_CODE, reason)
+        if self._on_hang(HANG, REQUEUE_EXIT_CODE, reason):
+            known = [beats[rank] for rank in sorted(beats)]
+            write_hang(self._folder, self._run_folder, hang, known)
         if line is not None:
             silent = found.ranks if found.is_silent else ()
             line.say("done", {"silent": list(silent)})

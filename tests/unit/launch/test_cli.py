@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,25 @@ def test_each_signal_is_passed_on_once(tmp_path: Path) -> None:
         child.send_signal(signal.SIGTERM)
         assert child.stdout.read() == "term\n"
     assert child.returncode == 5
+
+
+def test_a_second_interrupt_ends_what_does_not_end_by_itself(tmp_path: Path) -> None:
+    body = "trap 'echo int' INT; echo ready; for i in $(seq 500); do sleep 0.05; done"
+    _tool(tmp_path / "python", body)
+    code = (
+        "import sys; from launch import local;"
+        f"sys.exit(local.supervise([{str(tmp_path / 'python')!r}], {{}}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "int\n"
+        time.sleep(1.1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=5) == 130
 
 
 def test_program_that_cannot_start_is_named() -> None:

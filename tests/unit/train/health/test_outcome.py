@@ -69,10 +69,15 @@ def test_an_attempt_that_is_killed_is_found_at_the_next_start(tmp_path: Path) ->
     assert (died.code, died.step, died.attempt) == ("died", 12, 4)
 
 
-def test_the_first_end_stands(tmp_path: Path) -> None:
+def test_the_first_end_stands_and_no_one_ends_an_attempt_that_came_later(tmp_path: Path) -> None:
     record = OutcomeRecord(tmp_path, Outcome(code="running"), [])
-    record.end("hang", 75, step=3)
-    record.end("failed", 1, step=4)
+    record.begin()
+    assert record.end("hang", 75, step=3)
+    assert not OutcomeRecord(tmp_path, Outcome(code="running"), []).end("failed", 1, step=4)
+    later = OutcomeRecord(tmp_path, Outcome(code="running", attempt=1), [])
+    later.begin()
+    assert not record.end("failed", 1, step=4), "a rank that was cut off"
+    assert later.end("hang", 75, step=3)
     last = read_outcomes(tmp_path).last
     assert last is not None and (last.code, last.step) == ("hang", 3)
 
