@@ -256,7 +256,8 @@ def die_when_loading_the_last(arguments: list[str]) -> int:
 
 def test_a_checkpoint_whose_load_ends_the_process_twice_is_given_up(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    assert wait_for_all(begin(die_at_batch_12, folder)) == (-9,)
+    at_once = "checkpoint.is_async=false"  # so that it is whole when the process dies
+    assert wait_for_all(begin(die_at_batch_12, folder, at_once)) == (-9,)
     assert checkpoints(folder)[-1].name.startswith("step-00000010")
     for _ in range(2):
         assert wait_for_all(begin(die_when_loading_the_last, folder)) == (-9,)
