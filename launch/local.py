@@ -88,15 +88,18 @@ def supervise(arguments: Sequence[str], added: Mapping[str, str]) -> int:
     with tempfile.TemporaryDirectory(prefix="trimtab-launch-") as folder:
         told = Path(folder) / "outcome.json"
         environment = {**os.environ, **added, OUTCOME_VARIABLE: str(told)}
+        # One that comes before there is somebody to pass it on to waits.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
         try:
             # A group of its own: a Ctrl-C of the terminal must not reach it twice.
             child = subprocess.Popen(
                 list(arguments),
                 env=environment,
                 process_group=0,
-                preexec_fn=_end_with_the_launcher if sys.platform == "linux" else None,
+                preexec_fn=_prepare_child,
             )
         except OSError as error:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             raise LaunchError(f"{arguments[0]} cannot be started: {error.strerror}") from error
         interrupts: list[float] = []
 
@@ -108,6 +111,7 @@ def supervise(arguments: Sequence[str], added: Mapping[str, str]) -> int:
             child.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         try:
             returned = child.wait()
         finally:
@@ -128,6 +132,8 @@ def _told(path: Path) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _end_with_the_launcher() -> None:
-    """Have the kernel tell the child to save and end if this process is killed."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def _prepare_child() -> None:
+    """Let signals through, and have the kernel tell the child to save if this process is killed."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -165,6 +165,18 @@ def test_a_hang_is_found_its_rank_named_and_the_run_ends_and_goes_on(
         assert losses_by_step(folder)[40]
 
 
+def test_a_stopped_rank_is_named_and_ended_when_a_collective_times_out_first(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "run"
+    patient = ("health.hang_seconds=100", "engine.timeout_seconds=4")
+    launch = begin(slow_main, folder, *patient, num_ranks=2)
+    wait_for_step(launch, folder, 8, attempt=0)
+    os.kill(pids(launch)[1], signal.SIGSTOP)
+    assert wait_for_all(launch) == (75, -signal.SIGKILL), launch.output()
+    assert "rank 1 (process" in outcome(folder)["reason"]
+
+
 def slow_main(arguments: list[str]) -> int:
     from faults import install
 

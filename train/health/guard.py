@@ -46,7 +46,7 @@ from train.health.outcome import (
 )
 from train.health.pulse import Phase, Pulse
 from train.health.stragglers import Stragglers
-from train.health.watchdog import Watchdog
+from train.health.watchdog import Watchdog, is_timeout
 from train.run_folder import RunFolder, launch_id
 from train.settings import HealthSettings, RunConfig
 from train.state import TrainState
@@ -159,17 +159,8 @@ def guarded(
         if line is not None:
             line.start()
             stack.callback(line.close)
+        watchdog = _watchdog(config.health, world, folder, pulse, line, attempt)
         if config.health.watchdog:
-            watchdog = Watchdog(
-                config.health,
-                pulse,
-                line,
-                run_folder=folder.path,
-                attempt=folder.attempt,
-                rank=world.rank,
-                size=world.size,
-                on_hang=attempt.hang,
-            )
             watchdog.start()
             stack.callback(watchdog.close)
         interruption.has_begun = lambda: pulse.has_stepped
@@ -178,6 +169,8 @@ def guarded(
         try:
             yield guard
         except BaseException as error:
+            if config.health.watchdog and line is not None and is_timeout(error):
+                watchdog.alarm_now()
             if isinstance(error, RunEndedError) and not interruption.is_final:
                 record.open_to_restarts()
             told = attempt.failed(error)
@@ -310,6 +303,26 @@ def _line(
         device=device,
         pulse=pulse,
         interval_seconds=settings.heartbeat_seconds,
+    )
+
+
+def _watchdog(
+    settings: HealthSettings,
+    world: World,
+    folder: RunFolder,
+    pulse: Pulse,
+    line: Heartbeats | None,
+    attempt: _Attempt,
+) -> Watchdog:
+    return Watchdog(
+        settings,
+        pulse,
+        line,
+        run_folder=folder.path,
+        attempt=folder.attempt,
+        rank=world.rank,
+        size=world.size,
+        on_hang=attempt.hang,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +24,14 @@ from train.settings import HealthSettings
 logger = logging.getLogger(__name__)
 
 _UNLEARNT = frozenset({Phase.START, Phase.COMPILE, Phase.END})
+
+
+def is_timeout(error: BaseException) -> bool:
+    """Return whether a collective has waited in vain: other ranks are there, but do not answer."""
+    is_plain = isinstance(error, RuntimeError) and type(error).__module__.startswith(
+        ("builtins", "torch")
+    )
+    return is_plain and re.search(r"timed? ?out", str(error), re.IGNORECASE) is not None
 
 
 def limit_seconds(
@@ -75,6 +84,15 @@ class Watchdog:
         """Stop watching."""
         self._is_closed.set()
         self._thread.join(timeout=5)
+
+    def alarm_now(self) -> None:
+        """Treat a collective that has timed out as the hang that it is; does not return.
+
+        Otherwise the launcher would wait for a stopped rank as long as it waits for one that saves.
+        """
+        self._is_closed.set()
+        beat = self._pulse.now
+        self._alarm(beat.phase, beat.step, time.monotonic() - beat.since)
 
     def _watch(self) -> None:
         paused_seconds = 0.0

@@ -10,7 +10,7 @@ import pytest
 from train.health.hangs import describe, suspects
 from train.health.heartbeats import Heartbeat
 from train.health.pulse import Phase, Pulse
-from train.health.watchdog import limit_seconds
+from train.health.watchdog import is_timeout, limit_seconds
 from train.settings import RunConfig
 
 
@@ -74,3 +74,18 @@ def test_the_first_step_of_an_attempt_counts_as_compilation() -> None:
     assert pulse.has_stepped
     pulse.enter(Phase.STEP, 5)
     assert (pulse.now.phase, pulse.now.step) == (Phase.STEP, 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("[gloo] Timed out waiting 4000ms for recv operation to complete"), True),
+        (RuntimeError("wait timeout after 4000ms, keys: /a"), True),
+        (RuntimeError("Connection closed by peer"), False),
+        (ValueError("timeout=3 is no number"), False),
+    ],
+)
+def test_a_collective_that_waited_in_vain_is_told_from_one_that_lost_its_peer(
+    error: Exception, expected: bool
+) -> None:
+    assert is_timeout(error) is expected
