@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from train.health.incarnation import agree_on_name
 from train.settings import Device, EngineKind, EngineSettings
 
 if TYPE_CHECKING:
@@ -122,9 +123,11 @@ def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
         yield World(rank=0, size=1, device=device)
         return
     timeout = timedelta(seconds=settings.timeout_seconds)
+    place = PrefixStore(f"trimtab/{job_name}", _launcher_store())
+    start = agree_on_name(place, launched_rank(), size, timeout_seconds=settings.timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-        store=PrefixStore(f"trimtab/{job_name}", _launcher_store()),
+        store=PrefixStore(start, place),
         rank=launched_rank(),
         world_size=size,
         timeout=timeout,

@@ -424,3 +424,33 @@ time.sleep(60)
         time.sleep(0.01)
     launcher.wait()
     launcher.stdout.close()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_ranks_again_at_once_after_one_has_died(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        agent = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+                *("--nproc-per-node=2", "--max-restarts=1", MAIN),
+                *(*TINY, "run.steps=400", *place(folder)),
+            ],
+            env=environment(),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        deadline = time.monotonic() + 60
+        while len(metrics(folder)) < 8:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.02)
+        ranks = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(ranks[-1]), signal.SIGKILL)
+        assert agent.wait(timeout=90) == 0, (tmp_path / "log").read_text()[-5000:]
+    finally:
+        agent.kill()
+        agent.wait()
+    assert {record["attempt"] for record in metrics(folder)} == {0, 1}
+    assert outcome(folder)["code"] == "completed"
+    assert outcome(folder)["previous"][0]["code"] == "failed"
