@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -302,7 +303,8 @@ class Tracking(Callback):
         """Leave the terminal and the file as they should be."""
         self._console.stop()
         if self._has_started:
-            self._write("exit")  # the last sign of life, also of a run that failed
+            with suppress(OSError):  # the disk may be full, and is so for all that comes after
+                self._write("exit")  # the last sign of life, also of a run that failed
         self._events.close()
 
     def _mfu(self, tokens_per_second: float) -> float | None:
