@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -76,6 +75,7 @@ class Tracking(Callback):
         self._events = JsonLinesWriter(telemetry.folder / "events.jsonl")
         self._has_started = False
         self._has_stepped = False
+        self._is_losing_events = False
         self._peak_flops = telemetry.peak_flops
 
     def on_run_start(self, start: RunStart) -> None:
@@ -303,8 +303,7 @@ class Tracking(Callback):
         """Leave the terminal and the file as they should be."""
         self._console.stop()
         if self._has_started:
-            with suppress(OSError):  # the disk may be full, and is so for all that comes after
-                self._write("exit")  # the last sign of life, also of a run that failed
+            self._write("exit")  # the last sign of life, also of a run that failed
         self._events.close()
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -337,4 +336,10 @@ class Tracking(Callback):
             "attempt": self._telemetry.attempt,
             **fields,
         }
-        self._events.write(record, is_urgent=True)
+        try:
+            self._events.write(record, is_urgent=True)
+            self._is_losing_events = False
+        except OSError as error:
+            if not self._is_losing_events:  # one line, however long the disk stays full
+                logger.warning("events.jsonl cannot be written (%s)", error.strerror or error)
+            self._is_losing_events = True
