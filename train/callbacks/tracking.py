@@ -76,6 +76,7 @@ class Tracking(Callback):
         self._events = JsonLinesWriter(telemetry.folder / "events.jsonl")
         self._has_started = False
         self._has_stepped = False
+        self._is_losing_events = False
         self._peak_flops = telemetry.peak_flops
 
     def on_run_start(self, start: RunStart) -> None:
@@ -357,4 +358,10 @@ class Tracking(Callback):
             "attempt": self._telemetry.attempt,
             **fields,
         }
-        self._events.write(record, is_urgent=True)
+        try:
+            self._events.write(record, is_urgent=True)
+            self._is_losing_events = False
+        except OSError as error:
+            if not self._is_losing_events:  # one line, however long the disk stays full
+                logger.warning("events.jsonl cannot be written (%s)", error.strerror or error)
+            self._is_losing_events = True

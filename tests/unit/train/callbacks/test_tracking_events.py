@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,6 +14,7 @@ from fakes import at
 
 from monitoring.clocks import Birth, Moment, boot_id, now
 from monitoring.console import ConsoleProgress
+from monitoring.records import JsonLinesWriter
 from monitoring.trackers import TrackerConfig
 from train.actions import Note
 from train.callbacks.tracking import Telemetry, Tracking
@@ -229,3 +231,24 @@ def test_search_for_corruption_is_recorded_and_what_it_found_is_shown(
     assert (corrupt["ranks"], corrupt["tensors"]) == ([3], ["w/parameter"])
     words = "silent corruption: rank 3 (node7, cuda:3): another state"
     assert tracker.events == [("corruption", words, 60)]
+
+
+def test_full_disk_is_one_line_and_the_event_is_told_all_the_same(
+    tracking: Tracking,
+    tracker: ListTracker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLinesWriter, "write", fail)
+        tracking.on_rewind(REWIND, at(40), 0.1)
+        tracking.on_snapshot_taken(at(41), 0.1)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["events.jsonl cannot be written (No space left on device)"]
+    assert [kind for kind, _, _ in tracker.events] == ["rewind"]
+    tracking.on_snapshot_taken(at(42), 0.1)
+    assert written(tracking, tmp_path)["step"] == 42
