@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.checkpoints import checkpoints, prune, verify
+from launch.convert import convert
 from launch.errors import LaunchError
 from launch.prepare import prepare
 
@@ -32,6 +34,9 @@ Wait = Annotated[
 ]
 
 
+_GOODPUT_EXAMPLE = "Example: trimtab goodput falcon_like --output waterfall.html"
+
+
 def build_app() -> typer.Typer:
     """Return the command line with all its commands."""
     app = typer.Typer(
@@ -48,10 +53,15 @@ def build_app() -> typer.Typer:
     app.command("explain")(explain)
     app.command("report")(report)
     app.command("incidents")(incidents)
+    app.command("goodput", epilog=_GOODPUT_EXAMPLE)(goodput)
     app.command("rewind")(rewind)
     app.command("skip")(skip)
     app.command("unskip")(unskip)
     app.command("replay")(replay)
+    app.command("checkpoints")(checkpoints)
+    app.command("verify")(verify)
+    app.command("prune")(prune)
+    app.command("convert")(convert)
     return app
 
 
@@ -98,7 +108,7 @@ def _launch_local(cluster: "ClusterConfig", overrides: list[str], *, dry_run: bo
     if dry_run:
         print(local.preview(arguments, local.variables(cluster)))
     else:
-        local.run(arguments, local.variables(cluster))
+        sys.exit(local.supervise(arguments, local.variables(cluster)))
 
 
 def _launch_slurm(
@@ -172,6 +182,28 @@ def incidents(
         return
     width = shutil.get_terminal_size(fallback=(100, 24)).columns
     print(show_incidents(found, width=width, has_all=has_all))
+
+
+def goodput(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or names under ./runs.")],
+    is_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line and run.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write the waterfall, too: a path in .html or .svg."),
+    ] = None,
+) -> None:
+    """Say where the wall time of runs went, from their first start on, across restarts."""
+    from launch.goodput import read_goodput, show_goodput, show_goodput_json, write_picture
+    from launch.paths import find_run
+
+    found = read_goodput([find_run(run) for run in runs])
+    page = None if output is None else write_picture(found, output)
+    width = shutil.get_terminal_size(fallback=(100, 24)).columns
+    print(show_goodput_json(found) if is_json else show_goodput(found, width=width))
+    if page is not None and not is_json:
+        print(f"\nwaterfall: {page}")
 
 
 def rewind(

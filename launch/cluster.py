@@ -53,7 +53,10 @@ class ClusterConfig:
     job_name: str
     rendezvous_port: int
     signal_seconds: int
-    """How long before the time limit the job gets SIGUSR1, its call to checkpoint and leave."""
+    """How long ranks have to save and leave after a signal; Slurm's comes so long before the limit.
+    """
+    max_restarts: int
+    """How often torchrun starts the ranks again after a failure, before the job ends."""
     requeue: bool
     exclude: list[str]
     """Names of nodes to keep off."""
@@ -104,6 +107,8 @@ def _size_problems(config: ClusterConfig) -> list[str]:
         value = getattr(config, key)
         if value < 1:
             found.append(f"cluster.{key}={value}: a run needs at least one; use 1 or more")
+    if config.max_restarts < 0:
+        found.append(f"cluster.max_restarts={config.max_restarts}: use 0 for none, or a count")
     if config.gpus_per_node < 0:
         found.append(f"cluster.gpus_per_node={config.gpus_per_node}: use 0 for CPU, or a count")
     elif 0 < config.gpus_per_node < config.processes_per_node:

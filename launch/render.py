@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import ClusterConfig, check
+from launch.local import SIGNALS_TO_HANDLE
 
 TEMPLATE = "slurm.sbatch.j2"
 
@@ -45,6 +46,8 @@ def render(
         cluster=cluster,
         overrides=overrides,
         log_pattern=f"{run_folder}/logs/%x-%j.out",
+        outcome_pattern=f"{run_folder}/launch/outcome-",
+        signals_to_handle=SIGNALS_TO_HANDLE,
         python=python,
         entry=entry,
     )

@@ -1,9 +1,9 @@
 """Where a run's wall time went: classes of seconds that add up to the wall time.
 
-Owns the accounting. Refuses to guess from totals: it cuts each attempt at the time stamps of its
-records and charges every piece to one class, so that nothing is counted twice and work that runs
-beside training (a background save) costs only the seconds that training really waited. Called by
-the report, the CLI and the end of a run; needs the run's files alone.
+Owns the classes and their sums. Refuses a second truth: there is no ledger beside the records that
+each attempt appends to its run folder, so it cannot disagree with them, cannot be lost without
+them, and is merged over restarts by reading on. `attempts` cuts each attempt into pieces; a gap
+between two is measured here. Called by the report, the CLI and the end of a run.
 
     attempt 0                                      attempt 1
     |startup|step step step [rewind] step step|     |startup|step step ...
@@ -13,44 +13,58 @@ the report, the CLI and the end of a run; needs the run's files alone.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from monitoring.records import Record, integer, number, read_run
-from monitoring.survival import survivors
+from monitoring.attempts import Attempt, split_attempts
+from monitoring.records import EVENTS_FILE, METRICS_FILE, Record, check_run, read_json_lines
 
-_BLOCKING_KINDS: Mapping[str, str] = {
-    "checkpoint_saved": "checkpoint",
-    "checkpoint_failed": "checkpoint",
-    "snapshot": "checkpoint",
-    "rewind": "rewind",
-    "evaluation": "evaluation",
-}
+_KEYS = (
+    "step",
+    "clock",
+    "cursor",
+    "attempt",
+    "batch_samples",
+    "update",
+    "step_seconds",
+    "data_seconds",
+    "compile_seconds",
+    "time",
+    "uptime",
+)
+"""What of a step's metrics says where its time went."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goodput:
-    """Seconds of wall time a class; every field but `wall_seconds` adds up to `wall_seconds`.
+    """Seconds of wall time a class; the classes add up to `wall_seconds`, which is summed apart.
 
-    `startup`: from process start to the first step of each attempt. `training`: applied steps that
-    are part of the final model. `recomputed`: steps that were vetoed, thrown away by a rewind, or
-    executed again after a crash. `data_wait`: waiting for batches, in any step. `checkpoint`,
-    `rewind` and `evaluation`: what the loop stood still for; on a GPU an evaluation begins with
-    what is left of the step under way. `restart`: from the last sign of life of an attempt to the
-    next process start. `other`: the remainder.
+    `restart`: from the last sign of life of an attempt to the start of the next process: the time
+    in a queue, too. `startup`: from there to the first step. `compile`: torch.compile, at any time.
+    `data_wait`: waiting for batches, in any step. `checkpoint_stall` and `evaluation`: what the
+    loop stood still for. `hang_detection`: from the last progress of an attempt that hung to the
+    moment the watchdog found it. `rewind`: going back. `recomputed`: steps that were thrown away
+    by a rewind or a crash and whose samples came again, and refused updates. `skipped_tokens`:
+    steps that a rewind threw away together with their samples. `idle`: what no record explains,
+    and the time between a completed run and its continuation. `training`: steps that are part of
+    the final model.
     """
 
-    startup: float = 0.0
-    training: float = 0.0
-    recomputed: float = 0.0
-    data_wait: float = 0.0
-    checkpoint: float = 0.0
-    rewind: float = 0.0
-    evaluation: float = 0.0
     restart: float = 0.0
-    other: float = 0.0
+    startup: float = 0.0
+    compile: float = 0.0
+    data_wait: float = 0.0
+    checkpoint_stall: float = 0.0
+    evaluation: float = 0.0
+    hang_detection: float = 0.0
+    rewind: float = 0.0
+    recomputed: float = 0.0
+    skipped_tokens: float = 0.0
+    idle: float = 0.0
+    training: float = 0.0
     wall_seconds: float = 0.0
+    num_attempts: int = 0
 
     @property
     def goodput(self) -> float:
@@ -58,9 +72,9 @@ class Goodput:
         return self.training / self.wall_seconds if self.wall_seconds > 0 else 0.0
 
     def seconds_by_class(self) -> dict[str, float]:
-        """The classes in display order, without the wall time."""
-        names = [item.name for item in fields(self) if item.name != "wall_seconds"]
-        return {name: float(getattr(self, name)) for name in names}
+        """The classes in display order, training last, without the wall time."""
+        names = [item.name for item in fields(self) if item.type == "float"]
+        return {name: float(getattr(self, name)) for name in names if name != "wall_seconds"}
 
     def as_table(self) -> list[tuple[str, float, float]]:
         """Rows of (class, seconds, share of the wall time), in display order."""
@@ -72,117 +86,46 @@ class Goodput:
         return {
             **self.seconds_by_class(),
             "wall_seconds": self.wall_seconds,
+            "num_attempts": self.num_attempts,
             "goodput": self.goodput,
         }
 
 
 def goodput_of_run(folder: Path) -> Goodput:
-    """Account for a run folder, finished or not.
+    """Account for a run folder, finished or not, also while the run goes on.
 
     Raises:
         UnreadableRecordsError: the folder does not exist or cannot be read.
     """
-    run = read_run(folder)
-    return compute_goodput(run.metrics, run.events)
+    check_run(folder)
+    metrics = read_json_lines(folder / METRICS_FILE, _KEYS)
+    return compute_goodput(metrics.records, read_json_lines(folder / EVENTS_FILE).records)
 
 
 def compute_goodput(metrics: Sequence[Record], events: Sequence[Record]) -> Goodput:
     """Account for a run from all its metrics lines, repeated clocks included, and its events.
 
-    The wall time goes from the first process start to the last time stamp. Time stamps that go
-    backwards (a clock that was set) count as no time.
+    Attempts may come in any order, so files of several hosts can be chained. The wall time goes
+    from the first process start to the last record. Clocks that were set make no difference where
+    records carry the time since boot; elsewhere, going backwards counts as no time.
     """
-    attempts = _split_attempts(metrics, events)
-    ledger = _Ledger()
-    for number_of_attempt in sorted(attempts):
-        attempts[number_of_attempt].charge(ledger)
-    return Goodput(**ledger.seconds, wall_seconds=sum(ledger.seconds.values()))
+    seconds: defaultdict[str, float] = defaultdict(float)
+    wall_seconds = 0.0
+    before: Attempt | None = None
+    attempts = split_attempts(metrics, events)
+    for attempt in attempts:
+        if before is not None:
+            gap = attempt.seconds_since(before)
+            seconds["idle" if before.is_completed else "restart"] += gap
+            wall_seconds += gap
+        attempt.charge(seconds, after=before)
+        wall_seconds += attempt.seconds(after=before)
+        before = attempt
+    return Goodput(**seconds, wall_seconds=wall_seconds, num_attempts=len(attempts))
 
 
-class _Ledger:
-    """Charges consecutive pieces of wall time; the cursor never moves back."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-        self.cursor: float | None = None
-
-    def advance(self, time: float, wishes: Sequence[tuple[str, float]], remainder: str) -> None:
-        """Charge `[cursor, time]` to the wishes in turn, each as far as time is left."""
-        left = max(0.0, time - self.cursor) if self.cursor is not None else 0.0
-        self.cursor = time if self.cursor is None else max(self.cursor, time)
-        for name, wanted in wishes:
-            charged = min(max(wanted, 0.0), left)
-            self.seconds[name] += charged
-            left -= charged
-        self.seconds[remainder] += left
-
-
-@dataclass(slots=True)
-class _Attempt:
-    """One process lifetime: its steps as (time, wishes) and its other events."""
-
-    steps: list[tuple[float, list[tuple[str, float]]]]
-    events: list[Record]
-
-    def charge(self, ledger: _Ledger) -> None:
-        pending = sorted(self.events, key=_time)
-        start = self._start_time(pending)
-        if start is None:
-            return
-        ledger.advance(start, (), "restart")
-        gap = "startup"
-        for step_time, wishes in self.steps:
-            ready = [event for event in pending if _time(event) <= step_time]
-            pending = pending[len(ready) :]
-            first = [_time(event) for event in ready if event.get("kind") == "first_step"]
-            if gap == "startup" and first:
-                ledger.advance(first[0], wishes, gap)
-                ledger.advance(step_time, _blocking(ready), "other")
-            else:
-                ledger.advance(step_time, [*wishes, *_blocking(ready)], gap)
-            gap = "other"
-        if pending:
-            ledger.advance(_time(pending[-1]), _blocking(pending), gap)
-
-    def _start_time(self, pending: Sequence[Record]) -> float | None:
-        for event in pending:
-            started = number(event, "process_start_time")
-            if started is not None:
-                return started
-        candidates = [_time(event) for event in pending]
-        if self.steps:
-            time, wishes = self.steps[0]
-            candidates.append(time - sum(seconds for _, seconds in wishes))
-        return min(candidates, default=None)
-
-
-def _split_attempts(metrics: Sequence[Record], events: Sequence[Record]) -> dict[int, _Attempt]:
-    attempts: defaultdict[int, _Attempt] = defaultdict(lambda: _Attempt(steps=[], events=[]))
-    for record, lives in zip(metrics, survivors(metrics, events), strict=True):
-        time = number(record, "time")
-        if time is None:
-            continue
-        is_kept = lives and record.get("update") != "vetoed"
-        data_seconds = number(record, "data_seconds") or 0.0
-        step_seconds = number(record, "step_seconds") or 0.0
-        wishes = [
-            ("data_wait", data_seconds),
-            ("training" if is_kept else "recomputed", step_seconds),
-        ]
-        attempts[integer(record, "attempt") or 0].steps.append((time, wishes))
-    for event in events:
-        if number(event, "time") is not None:
-            attempts[integer(event, "attempt") or 0].events.append(event)
-    return attempts
-
-
-def _blocking(events: Sequence[Record]) -> list[tuple[str, float]]:
-    return [
-        (_BLOCKING_KINDS[str(event.get("kind"))], number(event, "seconds") or 0.0)
-        for event in events
-        if event.get("kind") in _BLOCKING_KINDS
-    ]
-
-
-def _time(record: Record) -> float:
-    return number(record, "time") or 0.0
+def total(parts: Iterable[Goodput]) -> Goodput:
+    """The sum of several runs: of all their classes, wall times and attempts."""
+    listed = list(parts)
+    sums = {item.name: sum(getattr(one, item.name) for one in listed) for item in fields(Goodput)}
+    return Goodput(**sums)

@@ -2,7 +2,8 @@
 
 Owns the JSON-lines format of `metrics.jsonl`, `events.jsonl` and `journal.jsonl`: a process may be
 killed in the middle of a line at any time, so a reader skips and counts what it cannot parse, and a
-writer never appends to a torn line. Refuses to interpret the records. Called by the training loop
+writer never appends to a torn line. Refuses to interpret the records, and to make a writer wait for
+the disk: a thread fsyncs, so that a power loss costs seconds. Called by the training loop
 (writer) and by the goodput, report and CLI code (reader); nothing here is collective.
 """
 
@@ -11,9 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from monitoring.background_sync import SYNC_SECONDS, BackgroundSync
 
 Record = Mapping[str, object]
 
@@ -66,25 +69,30 @@ class JsonLinesWriter:
     """Appends one whole line a record, so that a kill can tear at most the line being written.
 
     Opening a file whose last line is torn first ends that line. Each record is a single write to a
-    file in append mode; nothing is buffered in the process. Not for several writers at once.
+    file in append mode; nothing is buffered in the process, and a thread brings it to the disk
+    within `sync_seconds`. Not for several writers at once.
 
     Raises:
         OSError: the file cannot be opened or written (no space, no permission).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, sync_seconds: float = SYNC_SECONDS) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._is_torn = _ends_torn(path)
         self._file = path.open("ab", buffering=0)
+        self._sync = BackgroundSync(path, self._file.fileno(), sync_seconds)
 
     @property
     def path(self) -> Path:
         """The file that is written."""
         return self._path
 
-    def write(self, record: Record) -> None:
-        """Append one record as one line; NaN and infinities become null, unknown types strings."""
+    def write(self, record: Record, *, is_urgent: bool = False) -> None:
+        """Append one record as one line; NaN and infinities become null, unknown types strings.
+
+        `is_urgent`: the thread brings it to the disk now; nobody waits for that either.
+        """
         text = json.dumps(finite(record), allow_nan=False, separators=(",", ":"), default=str)
         line = text.encode("utf-8") + b"\n"
         if self._is_torn:
@@ -95,38 +103,51 @@ class JsonLinesWriter:
             raise OSError(
                 f"{self._path}: wrote {num_written} of {len(line)} bytes; is the disk full?"
             )
+        self._sync.mark(is_urgent=is_urgent)
 
     def close(self) -> None:
-        """Close the file; a second call does nothing."""
+        """Close the file when all of it is on disk; a second call does nothing."""
+        self._sync.close()
         self._file.close()
 
 
-def read_json_lines(path: Path) -> JsonLines:
+def read_json_lines(path: Path, keys: Collection[str] | None = None) -> JsonLines:
     """Read every line that is a JSON object; a file that does not exist has no records.
 
     Blank lines are ignored. A line that is torn, is not UTF-8 or is not an object is skipped and
-    counted in `num_skipped`. NaN and infinities read as None.
+    counted in `num_skipped`. NaN and infinities read as None. With `keys`, nothing else of a
+    record is kept, which takes a fraction of the memory.
 
     Raises:
         UnreadableRecordsError: the path is a folder or may not be read.
     """
     if not path.exists():
         return JsonLines()
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UnreadableRecordsError(f"{path}: cannot be read: {error.strerror}") from error
     records: list[Record] = []
     num_skipped = 0
-    for line in lines:
-        if not line.strip():
-            continue
-        record = _parse_object(line)
-        if record is None:
-            num_skipped += 1
-        else:
-            records.append(record)
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                record = _parse_object(line)
+                if record is None:
+                    num_skipped += bool(line.strip())
+                elif keys is None:
+                    records.append(record)
+                else:
+                    records.append({key: record[key] for key in keys if key in record})
+    except OSError as error:
+        raise UnreadableRecordsError(f"{path}: cannot be read: {error.strerror}") from error
     return JsonLines(records=tuple(records), num_skipped=num_skipped)
+
+
+def check_run(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UnreadableRecordsError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise UnreadableRecordsError(f"{folder}: no such run folder; expected runs/<name>")
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -135,8 +156,7 @@ def read_run(folder: Path) -> RunRecords:
     Raises:
         UnreadableRecordsError: the folder does not exist, or a file in it cannot be read.
     """
-    if not folder.is_dir():
-        raise UnreadableRecordsError(f"{folder}: no such run folder; expected runs/<name>")
+    check_run(folder)
     identity = _read_object(folder / RUN_FILE)
     metrics = read_json_lines(folder / METRICS_FILE)
     events = read_json_lines(folder / EVENTS_FILE)

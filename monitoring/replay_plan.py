@@ -17,6 +17,7 @@ from monitoring.records import JOURNAL_FILE, Record, integer, read_json_lines, s
 
 CHECKPOINTS_FOLDER = "checkpoints"
 INCIDENTS_FOLDER = "incidents"
+_NOT_OF_THE_LOSS = {"operator": "an operator's wish", "integrity": "wrong bits"}
 _NAME = re.compile(r"^step-(\d{8})-clock-(\d{8})$")
 
 
@@ -125,13 +126,14 @@ def _first_attempt(journal: Sequence[Record], incident: int) -> tuple[int, Recor
         raise NoReplayError(
             f"there is no incident {incident}; incidents of this run: {_listed(known)}"
         )
-    if all(entry.get("rule") == "operator" for _, entry in mine):
+    if all(entry.get("rule") in _NOT_OF_THE_LOSS for _, entry in mine):
+        what = _NOT_OF_THE_LOSS[str(mine[0][1]["rule"])]
         raise NoReplayError(
-            f"incident {incident} was an operator's wish ({mine[0][1].get('reason')}): no detector "
+            f"incident {incident} was {what} ({mine[0][1].get('reason')}): no detector "
             "found anything that a replay could explain"
         )
     for number, entry in mine:
-        if entry.get("target_checkpoint") and entry.get("rule") != "operator":
+        if entry.get("target_checkpoint") and entry.get("rule") not in _NOT_OF_THE_LOSS:
             return number, entry
     raise NoReplayError(
         f"incident {incident} ended the run before anything was tried "

@@ -34,6 +34,7 @@ from monitoring.incidents import (
     sum_up,
 )
 from monitoring.records import Record, RunRecords, integer, number, read_run, sample_range
+from monitoring.waterfall import duration, waterfall_svg
 
 __all__ = ["REPORT_FILE", "Curve", "write_comparison", "write_report"]
 
@@ -84,25 +85,13 @@ def page_content(run: RunRecords) -> dict[str, object]:
         "validation": _validation_rows(evaluations),
         "incidents": _incident_rows(incidents),
         "notices": _notice_rows(collect_notices(run)),
-        "goodput_rows": _goodput_rows(goodput),
+        "waterfall": waterfall_svg(goodput),
         "wall": duration(goodput.wall_seconds),
         "data": _data_rows(run),
         "checkpoints": _checkpoint_rows(run),
         "config_yaml": run.config_yaml,
         "num_skipped_lines": run.num_skipped_lines,
     }
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: `0.4 s`, `12 s`, `3 min 20 s`, `5 h 02 min`."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def _facts(
@@ -224,19 +213,6 @@ def _incident_row(row: Record) -> Mapping[str, object]:
         "state": row["state"],
         "seconds": "\u2013" if seconds is None else f"{seconds:.2f} s",
     }
-
-
-def _goodput_rows(goodput: Goodput) -> list[Mapping[str, object]]:
-    return [
-        {
-            "name": name.replace("_", " "),
-            "css": name,
-            "seconds": duration(seconds),
-            "percent": f"{100 * share:.2f}",
-            "label": f"{share:.1%}",
-        }
-        for name, seconds, share in goodput.as_table()
-    ]
 
 
 def _checkpoint_rows(run: RunRecords) -> list[Mapping[str, object]]:

@@ -17,6 +17,7 @@ import torch
 
 from train.actions import Rewind
 from train.checkpoint.info import CheckpointInfo, Health
+from train.checkpoint.saver import Saver
 from train.checkpoint.snapshots import SnapshotRing, snapshot_name
 from train.checkpoint.store import CheckpointStore
 from train.checkpoint.tiers import Tiers
@@ -27,13 +28,14 @@ from train.data.validation import Validation
 from train.distributed import World
 from train.engines.snapshot import HostSnapshot, SnapshotCopier
 from train.events import Callback, Events
+from train.health.integrity import Integrity
 from train.loop import Run
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.journal import Incident, Journal
 from train.recovery.rewind import Rewinder
 from train.schedule import Schedule
-from train.settings import Decay, ScheduleSettings
+from train.settings import Decay, IntegritySettings, OnMismatch, ScheduleSettings
 from train.state import TrainState
 
 WORLD = World(rank=0, size=1, device=torch.device("cpu"))
@@ -45,13 +47,28 @@ class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it."""
 
 
+class NumberWrite:
+    """Writes the number that `tensor` holds when it is written."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+
+    def write(self, folder: Path, world: World) -> None:
+        (folder / "number.bin").write_text(str(int(self._tensor)))
+
+    def is_finite(self) -> bool:
+        return True
+
+
 class NumberEngine:
     """Its whole model is one number, to which each step adds one; files and snapshots are real."""
 
     name = "number"
     can_veto = True
     can_snapshot = True
+    has_replicas = False
     reads_together = True
+    writes_staged = True
     checkpoint_format = "number"
     num_parameters = 1
     group_names: tuple[str, ...] = ()
@@ -84,8 +101,8 @@ class NumberEngine:
     def evaluate(self, rows: object, layout: object = None) -> float:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        (folder / "number.bin").write_text(str(self.number))
+    def begin_save(self, staged: HostSnapshot | None = None) -> NumberWrite:
+        return NumberWrite(self._tensor if staged is None else staged.tensor(staged.slots[0]))
 
     def load(self, folder: Path) -> None:
         self.num_loads += 1
@@ -97,6 +114,12 @@ class NumberEngine:
     def restore(self, snapshot: HostSnapshot) -> None:
         self.num_restores += 1
         self._copier.put_back(snapshot, {"number": self._tensor})
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        self._copier.put_back(snapshot, {"number": self._tensor})
+
+    def state_checksums(self) -> dict[str, int]:
+        return {"number": self.number}
 
     def state_digest(self) -> str:
         return str(self.number)
@@ -175,6 +198,9 @@ class Process:
         engine: Any = None,
         source: Any = None,
         world: World = WORLD,
+        is_async: bool = False,
+        retry_seconds: Sequence[float] = (),
+        max_failures: int | None = None,
     ) -> None:
         self.engine: Any = engine or NumberEngine()
         self.source: Any = source or EmptySource()
@@ -197,10 +223,13 @@ class Process:
             world,
             keep_good=5,
             kept=lambda: self.history.kept_checkpoints(2),
+            beside=world.aside() if is_async else None,
+            retry_seconds=retry_seconds,
         )
         self.store.open()
         self.ring = SnapshotRing(self.engine, world, size=keep_snapshots)
         self.tiers = Tiers(self.store, self.ring)
+        self.saver = Saver(self.engine, self.tiers, self.events, max_failures=max_failures)
         self.journal = Journal(folder / "journal.jsonl")
         self.rewinder = Rewinder(
             tiers=self.tiers,
@@ -256,12 +285,31 @@ class Process:
             schedule=self.schedule,
             events=self.events,
             tiers=self.tiers,
+            saver=self.saver,
             history=self.history,
             rewinder=self.rewinder,
+            integrity=self.integrity(last_step=last_step),
             inbox=self.inbox,
             last_step=last_step,
             saves_at_start=False,
             saves_at_end=False,
+        )
+
+    def integrity(self, *, last_step: int, max_rewinds: int = 5, **settings: Any) -> Integrity:
+        """Return the checks of the run, none of which is made unless `settings` say so."""
+        chosen: dict[str, Any] = {
+            "replica_check_interval_steps": None,
+            "reexecution_interval_steps": None,
+            "on_mismatch": OnMismatch.REWIND,
+        }
+        return Integrity(
+            IntegritySettings(**{**chosen, **settings}),
+            world=self.world,
+            tiers=self.tiers,
+            history=self.history,
+            events=self.events,
+            last_step=last_step,
+            max_rewinds=max_rewinds,
         )
 
     def ask(self, name: str, **fields: object) -> Path:

@@ -30,6 +30,7 @@ class Fault:
     has none from just before the intent of a rewind on, or from just behind it.
     `never_sees`: the ranges that the ledger holds from the first step on, which makes a run that
     never met them; `cooled`: the cooling it has from the start, `(scale, from, until, return)`.
+    `write_seconds`: how much longer the tensors of step 20 take to be written.
     `is_resume_corrupt`: the weights are perturbed once they were loaded. `more_bad_samples`: these
     are foreign too.
     """
@@ -44,6 +45,7 @@ class Fault:
     full_in_rewind: Literal["before_intent", "after_intent"] | None = None
     never_sees: tuple[tuple[int, int], ...] = ()
     cooled: tuple[float, int, int, int] | None = None
+    write_seconds: float = 0.0
     is_resume_corrupt: bool = False
     more_bad_samples: range | None = None
 
@@ -67,6 +69,8 @@ def install(fault: Fault, disk: Path) -> None:
         train.assembly.SkipLedger = partial(ledger, fault.never_sees)  # type: ignore[assignment, misc]
     if fault.cooled is not None:
         _cool(fault.cooled)
+    if fault.write_seconds:
+        _write_slowly(fault.write_seconds)
     if fault.is_resume_corrupt:
         _corrupt_the_resume()
     if fault.more_bad_samples is not None:
@@ -207,6 +211,17 @@ def _poison(samples: range) -> None:
     _wrap(train.assembly, "inject_into_source", source)
 
 
+def _write_slowly(seconds: float) -> None:
+    from train.engines.dcp import DcpWrite
+
+    def write(original: Any, self: Any, folder: Path, world: Any) -> None:
+        original(self, folder, world)
+        if "step-00000020" in folder.name:
+            time.sleep(seconds)
+
+    _wrap(DcpWrite, "write", write)
+
+
 def _corrupt_the_resume() -> None:
     import torch
 
@@ -318,31 +333,77 @@ def _in_save(step: int) -> Callable[[Fault], None]:
     """Kill when the tensors of a checkpoint are written, but nothing else."""
 
     def install_it(fault: Fault) -> None:
-        from train.engines.torch_engine import TorchEngine
+        from train.engines.dcp import DcpWrite
 
-        def save(original: Any, self: Any, folder: Path) -> None:
-            original(self, folder)
+        def write(original: Any, self: Any, folder: Path, world: Any) -> None:
+            original(self, folder, world)
             if f"step-{step:08d}" in folder.name:
                 _die()
 
-        _wrap(TorchEngine, "save", save)
+        _wrap(DcpWrite, "write", write)
 
     return install_it
 
 
-def _at_step(step: int) -> Callable[[Fault], None]:
-    """Kill when `step` steps are done, and all of their reports are written."""
+def _in_writer(method: str, moment: str) -> Callable[[Fault], None]:
+    """Kill in the thread that writes the checkpoint of step 20, around one of its acts."""
 
     def install_it(fault: Fault) -> None:
-        from train.checkpoint.store import CheckpointStore
+        from train.checkpoint.writing import CheckpointWriter
 
-        def save(original: Any, self: Any, engine: Any, state: Any, *rest: Any, **more: Any) -> Any:
-            info = original(self, engine, state, *rest, **more)
-            if state.step == step:
+        def act(original: Any, self: Any, folder: Path, *rest: Any) -> Any:
+            is_meant = "step-00000020" in folder.name
+            if is_meant and moment == "before":
                 _die()
-            return info
+            result = original(self, folder, *rest)
+            if is_meant:
+                _die()
+            return result
 
-        _wrap(CheckpointStore, "save", save)
+        _wrap(CheckpointWriter, method, act)
+
+    return install_it
+
+
+def _with_manifest(fault: Fault) -> None:
+    """Kill when the manifest of step 20 is written, but its folder has another name."""
+    import train.checkpoint.writing as writing
+
+    def write_json(original: Any, path: Path, value: object) -> None:
+        original(path, value)
+        if path.name == writing.MANIFEST and "step-00000020" in path.parent.name:
+            _die()
+
+    _wrap(writing, "write_json", write_json)
+
+
+def _with_half_a_file(fault: Fault) -> None:
+    """Kill when half of the tensors of step 20 are written."""
+    from train.engines.dcp import DcpWrite
+
+    def write(original: Any, self: Any, folder: Path, world: Any) -> None:
+        original(self, folder, world)
+        if "step-00000020" in folder.name:
+            for path in folder.iterdir():
+                os.truncate(path, path.stat().st_size // 2)
+            _die()
+
+    _wrap(DcpWrite, "write", write)
+
+
+def _at_step(step: int) -> Callable[[Fault], None]:
+    """Kill when the checkpoint of `step` is durable, and all reports up to there are written."""
+
+    def install_it(fault: Fault) -> None:
+        from train.checkpoint.saver import Saver
+
+        def save(original: Any, self: Any, state: Any, *rest: Any, **more: Any) -> None:
+            original(self, state, *rest, **more)
+            if state.step == step:
+                self.settle(waits=True)
+                _die()
+
+        _wrap(Saver, "save", save)
 
     return install_it
 
@@ -420,7 +481,13 @@ KILL_PLACES: dict[str, Callable[[Fault], None]] = {
     "before_answer": _at_request("before_answer"),
     "in_answer": _at_request("in_answer"),
     "after_answer": _at_request("after_answer"),
+    "half_a_file": _with_half_a_file,
     "in_save_of_step_20": _in_save(20),
+    "before_seal": _in_writer("_seal", "before"),
+    "after_seal": _in_writer("_seal", "after"),
+    "before_publish": _in_writer("_publish", "before"),
+    "with_manifest": _with_manifest,
+    "after_publish": _in_writer("_publish", "after"),
     "in_save_of_step_40": _in_save(40),
     "after_save_of_step_20": _at_step(20),
 }

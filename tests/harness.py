@@ -41,6 +41,8 @@ TINY = (
     "tokenizer.vocab_size=257",
     "data.validation_share=0.1",  # of few files
     "run.steps=40",
+    "checkpoint.retry_seconds=[0.05]",
+    "checkpoint.max_failures=20",
     "run.seed=20",  # its batches differ less than those of most seeds
     "checkpoint.interval_steps=5",
     "checkpoint.good_after_steps=3",
@@ -58,6 +60,7 @@ TINY = (
     "recovery.margin=0 batches",
     "recovery.announced_steps=2",  # the batch ramp is four steps long
     "recovery.threshold_sigma=3",  # 20 steps are few to know the noise from
+    "health.max_same_failures=0",  # tests kill a run again and again
 )
 # Batches 20 to 23 are foreign: samples 144 to 175, since the ramp makes the first four half as big.
 BAD_DATA = ("chaos=bad_data", "chaos.start=20 batches", "chaos.length=4 batches")

@@ -38,6 +38,7 @@ LOOP_MAY_IMPORT = {
     "train.recovery.control",
     "train.recovery.history",
     "train.engines.base",
+    "train.health",
     "train.checkpoint",
     "train.data.stream",
     "train.data.validation",

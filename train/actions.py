@@ -75,7 +75,8 @@ class Rewind(Action):
 
     Steps are those of the report that led here; `verdict` is its kind. `skip_amount` 0 replays the
     same data; otherwise what was seen up to now is skipped too, and `margin` samples more, unless
-    `is_exact`. The learning rate is multiplied by `lr_scale` up to `lr_until_step`.
+    `is_exact`. The learning rate is multiplied by `lr_scale` up to `lr_until_step`. `suspects`:
+    hosts and devices that gave wrong bits.
     """
 
     target: str
@@ -96,6 +97,7 @@ class Rewind(Action):
     lr_until_step: int = 0
     lr_return_step: int = 0
     request: str = ""
+    suspects: tuple[str, ...] = ()
 
     def skip_range(self, present_cursor: int) -> BatchRange:
         """Return the range to skip; it covers the data seen up to now and the margin.
@@ -127,6 +129,7 @@ class Stop(Action):
     verdict: str = ""
     onset_step: int = 0
     detected_step: int = 0
+    suspects: tuple[str, ...] = ()
 
 
 _SEVERITY: tuple[type[Action], ...] = (Continue, Note, Save, Unskip, Skip, Rewind, Stop)

@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from monitoring.clocks import Birth
 from train.assembly import Scene, assemble
 from train.chaos import inject_into_engine, schedule_of
 from train.data.build import (
@@ -35,6 +36,9 @@ from train.errors import (
     StoppedByPolicyError,
 )
 from train.events import RunStart
+from train.health.guard import ended_by_signal, guarded
+from train.health.interruption import Interruption
+from train.health.pulse import Phase
 from train.logs import log_to_folder
 from train.loop import Ending, Run, train
 from train.reports import was_calm_after
@@ -46,12 +50,17 @@ logger = logging.getLogger(__name__)
 
 
 def execute(
-    config: RunConfig, node: Mapping[str, Any], *, job_name: str, process_start_time: float
+    config: RunConfig,
+    node: Mapping[str, Any],
+    *,
+    job_name: str,
+    birth: Birth,
+    interruption: Interruption,
 ) -> None:
     """Run one job from its first to its last step, or from where it was left.
 
     `node`: the resolved config as plain containers, for the run folder. Called on all ranks.
-    Raises: TrimtabError; StoppedByPolicyError if recovery gave up.
+    Raises: TrimtabError; StoppedByPolicyError if recovery gave up, RunEndedError after a signal.
     """
     corpora = open_sources(config.data, config.tokenizer)
     vocab_size = max((corpus.vocab_size or 0 for corpus in corpora.values()), default=0)
@@ -72,7 +81,7 @@ def execute(
         torch.use_deterministic_algorithms(config.run.is_deterministic)
     with join_world(config.engine, job_name=job_name) as world:
         # The run lives in the frame of this call alone: it must be gone before the group is.
-        _execute_in(world, config, node, corpora, data, process_start_time)
+        _execute_in(world, config, node, corpora, data, birth, interruption)
 
 
 def _execute_in(
@@ -81,13 +90,15 @@ def _execute_in(
     node: Mapping[str, Any],
     corpora: Mapping[str, Corpus],
     data: RunData,
-    process_start_time: float,
+    birth: Birth,
+    interruption: Interruption,
 ) -> None:
     """Open the folder, build the run, and see it through. A collective."""
     _agree_on_corpora(world, corpora)
-    with closing(FolderLock(config.run.folder)) as lock:
+    with closing(FolderLock(config.run.folder)) as lock, ExitStack() as stack:
         folder = _open_folder(config, node, corpora, world, lock)
         log_to_folder(folder.path)
+        guard = stack.enter_context(guarded(config, node, world, folder, interruption))
         bad_shards = find_bad_shards(corpora, config.data, world)
         schedule = schedule_of(config)
         if any(bad_shards.values()):
@@ -105,13 +116,16 @@ def _execute_in(
                 corpora=corpora,
                 data=data,
                 bad_shards=bad_shards,
-                process_start_time=process_start_time,
+                birth=birth,
             )
         )
+        guard.compare_speeds_of(run.engine.model, config.health)
+        run = replace(run, guard=guard)
         try:
             _start_and_train(config, world, folder, run, node)
         finally:
             run.events.close()
+            run.saver.close()
             if isinstance(run.data, ReadAhead):
                 run.data.close()
 
@@ -190,10 +204,14 @@ def _start_and_train(
     with closing(run.inbox):
         run.inbox.start()
         ending = train(run, state)
+    run.guard.enter(Phase.END, ending.state.step)
+    run.saver.finish()
     run.events.run_end(_summary(config, run, ending))
     world.barrier()
     if ending.stop is not None and ending.stop.is_failure:
-        raise StoppedByPolicyError(ending.stop.reason)
+        raise StoppedByPolicyError(ending.stop.reason, ending.stop.code)
+    if ending.stop is not None:
+        raise ended_by_signal(ending.stop)
     if not ending.is_saved:
         raise CheckpointError(
             f"the run is complete, but its last checkpoint could not be written to "

@@ -23,6 +23,7 @@ from train.data.source import SampleSource
 from train.data.spoiled import PoisonedSource, ShiftedSource
 from train.distributed import World
 from train.engines.base import Engine
+from train.engines.snapshot import HostSnapshot
 from train.engines.update_norm import local_part
 from train.schedule import Schedule
 from train.settings import ChaosKind, ChaosSettings, RunConfig
@@ -31,6 +32,7 @@ from train.signals import Gate
 LR_FAULTS = frozenset({ChaosKind.LR_SHOCK, ChaosKind.SLOW_DIVERGENCE})
 # A learning rate that creeps up stays here: what diverges has diverged long before.
 MAX_CREEP = 1e3
+_NO_CLOCK = -1
 
 
 def schedule_of(config: RunConfig) -> Schedule:
@@ -71,8 +73,9 @@ def inject_into_engine(
         return engine
     first, last = chaos.start.value, chaos.start.value + chaos.length.value
     fault: Callable[[int], None]
-    if chaos.kind is ChaosKind.BIT_FLIP:
-        fault = BitFlip(engine.model, at_clock=first, seed=config.run.seed)
+    if chaos.kind in (ChaosKind.BIT_FLIP, ChaosKind.QUIET_BIT_FLIP):
+        is_quiet = chaos.kind is ChaosKind.QUIET_BIT_FLIP
+        fault = BitFlip(engine.model, at_clock=first, seed=config.run.seed, is_quiet=is_quiet)
     elif chaos.kind is ChaosKind.NAN_ON_ONE_RANK:
         fault = NanOutput(engine.model, clocks=range(first, last))
     else:
@@ -112,6 +115,7 @@ class FaultyEngine:
         self._engine = engine
         self._fault = fault
         self._clock = clock
+        self._next_new = clock
 
     def step(
         self,
@@ -124,11 +128,17 @@ class FaultyEngine:
         flag: bool = False,
     ) -> Tensor:
         """See `Engine.step`."""
-        self._fault(self._clock)
+        self._fault(self._clock if self._clock == self._next_new else _NO_CLOCK)
         self._clock += 1
+        self._next_new = max(self._next_new, self._clock)
         return self._engine.step(
             rows, layout=layout, num_tokens=num_tokens, lr=lr, gate=gate, flag=flag
         )
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`; what struck in that step does not strike in it again."""
+        self._engine.undo(snapshot)
+        self._clock -= 1
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -137,13 +147,19 @@ class FaultyEngine:
 class BitFlip:
     """The highest exponent bit of one weight of this rank turns over: 0.02 becomes 7e36.
 
+    `is_quiet`: the highest bit of its mantissa instead, and 0.02 becomes 0.028.
+
     The seed chooses it among the weights that are smaller than 2, so that it becomes huge.
     """
 
-    def __init__(self, model: nn.Module, *, at_clock: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, *, at_clock: int, seed: int, is_quiet: bool = False
+    ) -> None:
         self._model = model
         self._at_clock = at_clock
         self._seed = seed
+        # Below the sign are the eight bits of the exponent, in bf16 too.
+        self._bits_from_top = 10 if is_quiet else 2
 
     def __call__(self, clock: int) -> None:
         """Strike, if it is time. Called before each step; waits for the device when it strikes."""
@@ -162,7 +178,7 @@ class BitFlip:
         order = torch.cat((eligible[offset:], eligible[:offset])).to(torch.uint8)
         index = (offset + int(order.argmax())) % len(flat)
         bits = flat.view({2: torch.int16, 4: torch.int32}[flat.element_size()])
-        bits[index] ^= 1 << (8 * flat.element_size() - 2)
+        bits[index] ^= 1 << (8 * flat.element_size() - self._bits_from_top)
 
 
 class NanOutput:

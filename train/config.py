@@ -41,7 +41,9 @@ FREE_KEYS = (
     "tracker.",
     "callbacks.",
     "cluster.",
+    "integrity.",
     "recovery.",
+    "health.",
     "data.paths",  # their digests are compared instead
     "data.read_ahead_batches",
     "data.validation_interval_steps",
@@ -136,6 +138,7 @@ def _problems(config: RunConfig, world_size: int) -> Iterator[str]:
     yield from _file_problems(config)
     yield from data_problems(config.data)
     yield from _recovery_problems(config)
+    yield from _integrity_problems(config)
     yield from _chaos_problems(config, world_size)
     yield from cluster_problems(config.cluster)
 
@@ -298,12 +301,24 @@ def _recovery_problems(config: RunConfig) -> Iterator[str]:
                 f"recovery.persistence_steps={recovery.persistence_steps} high steps make a spike; "
                 f"use {recovery.persistence_steps + 1} or more"
             )
-        if not checkpoint.save_at_start and checkpoint.interval_steps > config.run.steps:
+        longest, key = checkpoint.longest_interval_steps, "checkpoint.interval_steps"
+        if checkpoint.interval_steps == "auto":
+            key = "checkpoint.max_interval_steps"
+        if not checkpoint.save_at_start and longest > config.run.steps:
             yield (
-                f"checkpoint.interval_steps={checkpoint.interval_steps} is longer than the run of "
+                f"{key}={longest} is longer than the run of "
                 f"run.steps={config.run.steps} and checkpoint.save_at_start=false: recovery would "
                 "have nothing to go back to"
             )
+
+
+def _integrity_problems(config: RunConfig) -> Iterator[str]:
+    interval = config.integrity.reexecution_interval_steps
+    if interval is not None and not config.run.is_deterministic:
+        yield (
+            f"integrity.reexecution_interval_steps={interval} needs run.is_deterministic=true: "
+            "otherwise sound hardware gives other bits too; set it, or null for the interval"
+        )
 
 
 def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
@@ -324,9 +339,10 @@ def _chaos_problems(config: RunConfig, world_size: int) -> Iterator[str]:
             f"chaos.start={chaos.start} lies behind the last step, run.steps={config.run.steps}: "
             "it would never strike; set it earlier"
         )
-    if chaos.kind is ChaosKind.BIT_FLIP and config.engine.kind is EngineKind.DEEPSPEED:
+    flips = (ChaosKind.BIT_FLIP, ChaosKind.QUIET_BIT_FLIP)
+    if chaos.kind in flips and config.engine.kind is EngineKind.DEEPSPEED:
         yield (
-            "chaos.kind=bit_flip is impossible with engine=deepspeed: it keeps copies of the "
+            f"chaos.kind={chaos.kind} is impossible with engine=deepspeed: it keeps copies of the "
             "weights of its own, which would undo the flip; use engine=ddp or fsdp"
         )
     if chaos.kind in (ChaosKind.LR_SHOCK, ChaosKind.SLOW_DIVERGENCE) and chaos.factor == 1:

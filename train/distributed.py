@@ -12,7 +12,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -22,19 +22,28 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from train.health.incarnation import agree_on_name
 from train.settings import Device, EngineKind, EngineSettings
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+# A rank whose disk is slow is waited for; one that has died breaks the connection at once.
+_ASIDE_TIMEOUT = timedelta(hours=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """The ranks of one job. A lone process is rank 0 of 1, and its collectives do nothing."""
+    """The ranks of one job. A lone process is rank 0 of 1, and its collectives do nothing.
+
+    `group`: what its collectives go over; None is the job's own.
+    """
 
     rank: int
     size: int
     device: torch.device
+    group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +55,8 @@ class World:
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        dist.broadcast_object_list(values, src=0, group=self.group, device=cpu)
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,13 +64,22 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def barrier(self) -> None:
         """Wait for all ranks. A collective."""
         if self.size > 1:
             self.gather(None)
+
+    def aside(self) -> World:
+        """Return the same ranks over a gloo group of their own, for a thread beside training.
+
+        A collective. Threads that share a group get each other's messages.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=_ASIDE_TIMEOUT))
 
     def mesh(self) -> DeviceMesh:
         """Return the one-dimensional mesh of all ranks."""
@@ -104,9 +123,11 @@ def join_world(settings: EngineSettings, *, job_name: str) -> Iterator[World]:
         yield World(rank=0, size=1, device=device)
         return
     timeout = timedelta(seconds=settings.timeout_seconds)
+    place = PrefixStore(f"trimtab/{job_name}", _launcher_store())
+    start = agree_on_name(place, launched_rank(), size, timeout_seconds=settings.timeout_seconds)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if has_cuda else "gloo",
-        store=PrefixStore(f"trimtab/{job_name}", _launcher_store()),
+        store=PrefixStore(start, place),
         rank=launched_rank(),
         world_size=size,
         timeout=timeout,

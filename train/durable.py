@@ -44,4 +44,9 @@ def write_atomically(path: Path, content: str) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_atomically(path, as_json(value))
+
+
+def as_json(value: object) -> str:
+    """Return `value` as indented JSON, with a last line end."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

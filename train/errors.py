@@ -8,7 +8,10 @@
     ├── CheckpointError          1  a checkpoint that cannot be written or read
     │   └── CorruptCheckpointError  a digest, a size or a file of a checkpoint is wrong
     ├── JournalError             1  the recovery journal contradicts the run folder
-    └── StoppedByPolicyError         3  recovery gave up, with its reason
+    ├── OutOfDeviceMemoryError   1  a step needs more memory than there is
+    ├── RunEndedError      75, 130  a signal asked for the end: 75 to go on later, 130 by a person
+    ├── CrashLoopError           3  the same failure came too often
+    └── StoppedByPolicyError     3  recovery gave up, with its reason
 
 Exit codes are what launchers read: 2 must not be requeued (it would fail again), 3 needs a person.
 """
@@ -62,7 +65,30 @@ class JournalError(TrimtabError):
     """The recovery journal names something that the run folder does not have."""
 
 
-class StoppedByPolicyError(TrimtabError):
-    """Recovery has used up its budget; the message says what was tried."""
+class OutOfDeviceMemoryError(TrimtabError):
+    """A step needs more memory than there is; the message says what to change."""
+
+
+class RunEndedError(TrimtabError):
+    """The run has been told to end; `code` says in one word why."""
+
+    def __init__(self, message: str, *, code: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.code = code
+        self.exit_code = exit_code
+
+
+class CrashLoopError(TrimtabError):
+    """The last attempts have all failed in the same way at the same step."""
 
     exit_code = 3
+
+
+class StoppedByPolicyError(TrimtabError):
+    """Recovery has used up its budget; the message says what was tried, `code` why in one word."""
+
+    exit_code = 3
+
+    def __init__(self, message: str, code: str = "") -> None:
+        super().__init__(message)
+        self.code = code or "gave_up"

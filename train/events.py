@@ -10,12 +10,15 @@
         on_rewind(incident, state)          own state was restored before
         on_ledger_change(incident, state)   an operator's skip or return
         on_evaluation(evaluation, state)    held-out losses, on their schedule and at the end
+        on_integrity_check(check, found)    replicas were compared, or a step executed twice
+        on_alert(alert, state)              something that a person should know of
     on_run_end(summary)
     close                                   in reverse order, whatever happened
 
 Callbacks see frozen facts and return typed actions; only the loop acts. They hold no engine and
-call no collective. Their order is a phase, then a name: the same on every rank. A callback that
-fails in REPORT is logged; one that fails elsewhere stops the run.
+call no collective, but for the one that agrees on an automatic interval of saves. Their order is a
+phase, then a name: the same on every rank. A callback that fails in REPORT is logged; one that
+fails elsewhere stops the run.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from typing import TypeVar
 from train.actions import Action, Note
 from train.checkpoint.info import CheckpointInfo
 from train.data.validation import Evaluation
+from train.health.corruption import Check, Corruption
 from train.recovery.detector import Verdict
 from train.recovery.journal import Incident
 from train.signals import Gate, StepReport
@@ -66,6 +70,16 @@ class RunStart:
     is_changed: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alert:
+    """Something that a person should know of; `fields` go into the timeline."""
+
+    kind: str
+    text: str
+    short: str
+    fields: Mapping[str, object]
+
+
 class Callback:
     """Base of all callbacks; override what you need."""
 
@@ -99,11 +113,15 @@ class Callback:
     def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Take note of a snapshot in memory, and of the seconds that the step waited for it."""
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
-        """Take note of a durable checkpoint."""
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
+        """Take note of a durable checkpoint, of the seconds that training waited for it, and of
+        those between that and now, in which it was written beside training.
+        """
 
-    def on_checkpoint_failed(self, step: int, reason: str) -> None:
-        """Take note of a checkpoint that could not be written."""
+    def on_checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
+        """Take note of a checkpoint that could not be written, and what the loop waited for it."""
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Take note of a finished rewind; own state was restored before."""
@@ -113,6 +131,14 @@ class Callback:
 
     def on_evaluation(self, evaluation: Evaluation, state: TrainState, seconds: float) -> None:
         """Take note of the held-out losses of a state, and of how long they took."""
+
+    def on_integrity_check(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Take note of a search for silent corruption, and of what it found, if anything."""
+
+    def on_alert(self, alert: Alert, state: TrainState) -> None:
+        """Take note of something that a person should know of."""
 
     def on_run_end(self, summary: Mapping[str, object]) -> None:
         """Run once after the last step."""
@@ -178,17 +204,29 @@ class Events:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_evaluation(evaluation, state, seconds))
 
+    def integrity_checked(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_integrity_check(check, found, state, seconds))
+
+    def alerted(self, alert: Alert, state: TrainState) -> None:
+        """Tell all callbacks."""
+        self._tell(lambda callback: callback.on_alert(alert, state))
+
     def snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""
         self._tell(lambda callback: callback.on_snapshot_taken(state, seconds))
 
-    def checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float = 0.0
+    ) -> None:
         """Tell all callbacks."""
-        self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds))
+        self._tell(lambda callback: callback.on_checkpoint_saved(info, seconds, background_seconds))
 
-    def checkpoint_failed(self, step: int, reason: str) -> None:
+    def checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
         """Tell all callbacks."""
-        self._tell(lambda callback: callback.on_checkpoint_failed(step, reason))
+        self._tell(lambda callback: callback.on_checkpoint_failed(step, reason, seconds))
 
     def rewound(self, incident: Incident, state: TrainState, seconds: float) -> None:
         """Tell all callbacks."""

@@ -6,16 +6,21 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 from train.actions import Action, Continue, Note, Rewind, Save, Skip, Stop, Unskip, worst
 from train.checkpoint.info import Health
+from train.checkpoint.saver import SAVES_FAILED, Saver
 from train.checkpoint.tiers import Tiers
 from train.data.stream import Batches
 from train.data.validation import Evaluation, Validation
 from train.engines.base import Engine
-from train.errors import CheckpointError, DataEndError
+from train.errors import DataEndError
 from train.events import Events
+from train.health.guard import Guard
+from train.health.integrity import Integrity
+from train.health.pulse import Phase
 from train.recovery.control import Inbox
 from train.recovery.history import RecoveryHistory
 from train.recovery.rewind import Rewinder
@@ -36,12 +41,15 @@ class Run:
     schedule: Schedule
     events: Events
     tiers: Tiers
+    saver: Saver
     history: RecoveryHistory
     rewinder: Rewinder
+    integrity: Integrity
     inbox: Inbox
     last_step: int
     saves_at_start: bool
     saves_at_end: bool
+    guard: Guard = field(default_factory=Guard)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +70,10 @@ def train(run: Run, state: TrainState) -> Ending:
     reports = ReportPipeline()
     if state.clock == 0 and run.saves_at_start:
         # Nothing has been learnt yet, so this one is good by construction.
-        _save(run, state, Save(reason="start", to_memory=True), Health.GOOD)
+        _save(run, state, Save(reason="start", to_memory=True), Health.GOOD, waits=True)
     state = _serve(run, state, reports)
     while state.step < run.last_step:
+        run.guard.enter(Phase.DATA, state.step)
         started = time.perf_counter()
         lr = run.schedule.lr_at(state.step) * run.history.lr_factor_at(state.step)
         try:
@@ -74,15 +83,18 @@ def train(run: Run, state: TrainState) -> Ending:
                 run.events.after_update(report)  # whatever it asks for, the run ends here
             return _stop(run, state, _out_of_data(error, run, state))
         gate = run.events.gate()
+        run.guard.enter(Phase.STEP, state.step)
         step_started = time.perf_counter()
-        signals = run.engine.step(
+        step = partial(
+            run.engine.step,
             batch.rows,
             layout=batch.layout,
             num_tokens=batch.num_tokens,
             lr=lr,
             gate=gate,
-            flag=run.inbox.is_waiting(),
+            flag=run.inbox.is_waiting() or run.saver.has_news() or run.guard.is_waiting(),
         )
+        signals = run.integrity.execute(run.engine, step, state)
         state = state.after(next_cursor=batch.next_cursor, num_tokens=batch.num_tokens)
         ready = reports.push(
             state,
@@ -96,21 +108,33 @@ def train(run: Run, state: TrainState) -> Ending:
             is_flushed=state.step == run.last_step or run.events.needs_current(state.step),
         )
         stepped = state
-        for action in _wanted([run.events.after_update(report) for report in ready]):
+        wanted = _wanted([run.events.after_update(report) for report in ready])
+        for action in run.integrity.reviewed(wanted, run.engine, state):
             if isinstance(action, Stop):
                 return _stop(run, state, action)
             state = _perform(run, state, action, reports)
         if any(report.signals.is_flagged for report in ready):
+            run.saver.settle(waits=False)
+            if (stop := run.guard.wanted_stop()) is not None:
+                return _stop_for_signal(run, state, stop, reports)
             state = _serve(run, state, reports)
-        if state is stepped and run.validation.is_due(state.step) and state.step < run.last_step:
-            _evaluate(run, state)
-    is_saved = not run.saves_at_end or any(
-        info.clock == state.clock for info in run.tiers.store.entries()
-    )
-    last = Save(reason="end")
-    is_saved = is_saved or _save(run, state, last, Health.CANDIDATE)
+        if (stop := run.saver.wish(state, incident=run.history.last_incident + 1)) is not None:
+            return _stop(run, state, stop)
+        if state is stepped:
+            run.guard.look_for_stragglers(state, run.events)
+            if run.validation.is_due(state.step) and state.step < run.last_step:
+                _evaluate(run, state)
+    return _finish(run, state)
+
+
+def _finish(run: Run, state: TrainState) -> Ending:
+    """Keep and evaluate the last state. A collective."""
+    is_saved = run.saver.holds(state)
+    if run.saves_at_end and not is_saved:
+        _save(run, state, Save(reason="end"), Health.CANDIDATE, waits=True)
+        is_saved = run.saver.holds(state)
     evaluation = _evaluate(run, state) if run.validation.has_samples else None
-    return Ending(state=state, is_saved=is_saved, evaluation=evaluation)
+    return Ending(state=state, is_saved=is_saved or not run.saves_at_end, evaluation=evaluation)
 
 
 def _out_of_data(error: DataEndError, run: Run, state: TrainState) -> Stop:
@@ -145,7 +169,9 @@ def _perform(run: Run, state: TrainState, action: Action, reports: ReportPipelin
             run.events.noted(action, state)
             return state
         case Save():
-            _save(run, state, action, Health.CANDIDATE)
+            # What comes at the end is written at once: it has nothing to go on beside.
+            is_last = state.step >= run.last_step
+            _save(run, state, action, Health.CANDIDATE, waits=is_last)
             return state
         case Skip():
             record = run.rewinder.skip(action, state)
@@ -179,54 +205,52 @@ def _serve(run: Run, state: TrainState, reports: ReportPipeline) -> TrainState:
 
 def _evaluate(run: Run, state: TrainState) -> Evaluation:
     """Take the held-out losses of the present state. A collective, and a host sync."""
+    run.guard.enter(Phase.EVALUATION, state.step)
     started = time.perf_counter()
     evaluation = run.validation.evaluate(run.engine)
     run.events.evaluated(evaluation, state, time.perf_counter() - started)
     return evaluation
 
 
-def _save(run: Run, state: TrainState, action: Save, health: Health) -> bool:
-    """Keep the state and return True; a save to disk that fails is a warning. A collective."""
+def _save(
+    run: Run, state: TrainState, action: Save, health: Health, *, waits: bool = False
+) -> None:
+    """Keep the state; a save to disk that fails is a warning. A collective."""
+    run.guard.enter(Phase.SAVE, state.step)
     extra = {
         "ledger": run.data.skipped(),
         "callbacks": run.events.state_dict(),
         "last_samples": run.data.proof(state.cursor),
     }
-    if action.to_memory:
-        seconds = run.tiers.ring.take(state, extra, health=health)
-        if seconds is not None:
-            run.events.snapshot_taken(state, seconds)
-    if not action.to_disk:
-        return True
-    started = time.perf_counter()
-    try:
-        info = run.tiers.store.save(run.engine, state, extra, health=health)
-    except CheckpointError as error:
-        logger.warning(
-            "the checkpoint of step %d could not be written (%s); older checkpoints are untouched",
-            state.step,
-            error,
-        )
-        run.events.checkpoint_failed(state.step, str(error))
-        return False
-    run.events.checkpoint_saved(info, time.perf_counter() - started)
-    return True
+    run.saver.save(state, extra, action, health, waits=waits)
 
 
 def _rewind(run: Run, state: TrainState, action: Rewind, reports: ReportPipeline) -> TrainState:
+    run.guard.enter(Phase.REWIND, state.step)
     started = time.perf_counter()
     logger.info("%s; going back to %s", action.reason, action.target)
     reports.clear()
+    run.saver.make_ready(action.target)
     state, incident = run.rewinder.rewind(action, state)
+    run.saver.copy_away()  # what is quarantined is so everywhere
     run.events.rewound(incident, state, time.perf_counter() - started)
     return state
+
+
+def _stop_for_signal(run: Run, state: TrainState, stop: Stop, reports: ReportPipeline) -> Ending:
+    for report in reports.drain():
+        run.events.after_update(report)  # so that what is saved knows all its steps
+    (reviewed,) = run.integrity.reviewed([stop], run.engine, state)
+    assert isinstance(reviewed, Stop), "who is asked to stop stops, whatever is found"
+    return _stop(run, state, reviewed)
 
 
 def _stop(run: Run, state: TrainState, action: Stop) -> Ending:
     logger.warning("stopping: %s", action.reason)
     if action.is_failure:
-        run.rewinder.stopped(action, state)
-    is_saved = any(info.clock == state.clock for info in run.tiers.store.entries())
+        # A disk that takes no checkpoint may take no record either, and is the news itself.
+        run.rewinder.stopped(action, state, is_vital=action.code != SAVES_FAILED)
+    is_saved = run.saver.holds(state)
     if action.needs_save and not is_saved:
-        _save(run, state, Save(reason="stop"), Health.CANDIDATE)
+        _save(run, state, Save(reason="stop"), Health.CANDIDATE, waits=True)
     return Ending(state=state, stop=action)

@@ -2,16 +2,14 @@
 
 `--help` shows the groups, `--cfg job` the config, `-m` runs a sweep; `trimtab explain KEY` says
 which file set a value. Running it again with the same arguments resumes the run. Exit codes: 0 the
-run is complete, 2 the config or the data is wrong, 3 recovery gave up, 1 anything else, 130
-interrupted.
+run is complete, 2 the config or the data is wrong, 3 recovery gave up or the same failure came too
+often, 75 a signal asked for the end and the same command goes on, 130 interrupted, 1 anything else.
 """
 
 from __future__ import annotations
 
-import time
-
-PROCESS_START_TIME = time.time()
-
+import gc
+import logging
 import os
 import re
 import shutil
@@ -29,7 +27,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from train.errors import ConfigError, TrimtabError
+from train.errors import ConfigError, RunEndedError, TrimtabError
+from train.health import elastic
+from train.health.interruption import Interruption
+from train.health.orphans import die_with_launcher
+from train.health.outcome import (
+    COMPLETED,
+    FAILED,
+    forget_what_the_launcher_was_told,
+    is_final_for_this_launch,
+    read_outcomes,
+    tell_launcher,
+)
 
 CONF = ROOT / "conf"
 
@@ -78,23 +87,36 @@ def _swept_keys(arguments: list[str]) -> set[str]:
     return {o.key_or_group for o in overrides if o.is_sweep_override()}
 
 
-def run_job(node: DictConfig) -> None:
+def run_job(node: DictConfig, interruption: Interruption) -> None:
     """Check one composed config and execute it. Called by Hydra, once a job."""
+    from monitoring.clocks import Birth, birth, now
     from train.config import parse_config
     from train.logs import log_to_console
     from train.run_folder import check_folder
 
+    number = HydraConfig.get().job.num if _is_multirun() else 0
+    # A sweep's second job began when the first one ended.
+    born = Birth(process=now()) if number else birth()
     plain: Any = OmegaConf.to_container(node, resolve=True)
     config = parse_config(plain, world_size=int(os.environ.get("WORLD_SIZE", "1")))
     folder = config.run.folder
     check_folder(folder, plain, overwrite=config.run.overwrite)
     log_to_console()
-    number = HydraConfig.get().job.num if _is_multirun() else 0
+    _refuse_restart(folder)
+    said = elastic.warning(elastic.agent_command(), os.environ)
+    if said is not None and os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s", said)
     from train.build import execute
 
-    execute(
-        config, plain, job_name=f"{number}-{folder.name}", process_start_time=PROCESS_START_TIME
-    )
+    name = f"{number}-{folder.name}"
+    execute(config, plain, job_name=name, birth=born, interruption=interruption)
+
+
+def _refuse_restart(folder: Path) -> None:
+    last = read_outcomes(folder).last
+    if last is not None and is_final_for_this_launch(last):
+        message = f"not started again by this launch: {last.reason}"
+        raise RunEndedError(message, code=last.code, exit_code=last.exit_code)
 
 
 def _is_multirun() -> bool:
@@ -102,20 +124,38 @@ def _is_multirun() -> bool:
 
 
 def main() -> int:
-    """Run with the arguments of the command line and return the exit code."""
+    """Run with the arguments of the command line, return the exit code and tell the launcher."""
+    die_with_launcher()
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        forget_what_the_launcher_was_told()
+    exit_code, code = 1, FAILED
+    try:
+        with Interruption().installed() as interruption:
+            exit_code, code = _run(interruption)
+        return exit_code
+    finally:
+        if is_main:
+            tell_launcher(code, exit_code)
+
+
+def _run(interruption: Interruption) -> tuple[int, str]:
     arguments = rewrite_arguments(sys.argv[1:])
     sys.argv[1:] = arguments
     failures: list[TrimtabError] = []
 
     def attempt(node: DictConfig) -> None:
         """Run one job; in a sweep, one that fails does not keep the others from running."""
+        if interruption.is_waiting():
+            return  # the rest of a sweep
         try:
-            run_job(node)
+            run_job(node, interruption)
         except TrimtabError as error:
             failures.append(error)
             _report(str(error), error.exit_code)
 
     scratch = tempfile.mkdtemp(prefix="trimtab-")
+    interruption.on_leave.append(lambda *_: shutil.rmtree(scratch, ignore_errors=True))
     OmegaConf.register_new_resolver("run_name", lambda: run_name(arguments), replace=True)
     OmegaConf.register_new_resolver("scratch_dir", lambda: scratch, replace=True)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands errors to us instead of ending the process
@@ -123,12 +163,13 @@ def main() -> int:
     try:
         entry()
     except hydra.errors.HydraException as error:
-        return _report(_first_lines(error), ConfigError.exit_code)
-    except KeyboardInterrupt:
-        return _report("interrupted; the same command resumes from the last checkpoint", 130)
+        return _report(_first_lines(error), ConfigError.exit_code), FAILED
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return failures[0].exit_code if failures else 0
+    if not failures:
+        return 0, COMPLETED
+    ended = next((error for error in failures if isinstance(error, RunEndedError)), failures[0])
+    return ended.exit_code, getattr(ended, "code", FAILED)
 
 
 def _first_lines(error: BaseException) -> str:
@@ -150,4 +191,6 @@ def _report(message: str, exit_code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    gc.freeze()  # to look for what could still be collected takes a process with torch a second
+    sys.exit(exit_code)

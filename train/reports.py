@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from monitoring.clocks import Moment, now
+from train.compile_time import compile_seconds
 from train.recovery.detector import CALM_KINDS
 from train.signals import Gate, StepReport, StepSignals
 from train.state import TrainState
@@ -25,8 +27,9 @@ class _Pending:
     num_tokens: int
     data_seconds: float
     gate: Gate
-    step_seconds: float = 0.0
-    finished_unix_seconds: float = 0.0
+    step_seconds: float
+    compile_seconds: float
+    finished: Moment
 
 
 class ReportPipeline:
@@ -34,6 +37,7 @@ class ReportPipeline:
 
     def __init__(self) -> None:
         self._pending: _Pending | None = None
+        self._compiled_seconds = compile_seconds()
 
     def push(
         self,
@@ -62,6 +66,9 @@ class ReportPipeline:
             vector = host
         before, self._pending = self._pending, None
         reports = [_resolve(before)] if before is not None else []
+        if is_flushed and copied is not None:
+            copied.synchronize()  # host sync, asked for
+        compiled_before, self._compiled_seconds = self._compiled_seconds, compile_seconds()
         pending = _Pending(
             vector=vector,
             copied=copied,
@@ -71,11 +78,10 @@ class ReportPipeline:
             num_tokens=num_tokens,
             data_seconds=data_seconds,
             gate=gate,
+            step_seconds=time.perf_counter() - started,
+            compile_seconds=self._compiled_seconds - compiled_before,
+            finished=now(),
         )
-        if is_flushed and copied is not None:
-            copied.synchronize()  # host sync, asked for
-        pending.step_seconds = time.perf_counter() - started
-        pending.finished_unix_seconds = time.time()
         if is_flushed:
             return [*reports, _resolve(pending)]
         self._pending = pending
@@ -103,7 +109,9 @@ def _resolve(pending: _Pending) -> StepReport:
         num_tokens=pending.num_tokens,
         step_seconds=pending.step_seconds,
         data_seconds=pending.data_seconds,
-        finished_unix_seconds=pending.finished_unix_seconds,
+        finished_unix_seconds=pending.finished.unix_seconds,
+        finished_uptime_seconds=pending.finished.uptime_seconds,
+        compile_seconds=pending.compile_seconds,
         gate=pending.gate,
     )
 

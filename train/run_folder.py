@@ -6,6 +6,7 @@ checkpoints/     one folder each                   events.jsonl    the timeline
 incidents/       the evidence of each              control/        what operators ask for
 train.log        what rank 0 logged                summary.json, report.html at the end
 configs/         what config.yaml was before a change, up to which start
+outcome.json     how the last attempts ended      hangs/          what ranks did when one hung
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ _OWNED = (
     "summary.json",
     "report.html",
     "train.log",
+    "outcome.json",
+    "hangs",
     "swanlog",
     "wandb",
     "config.yaml",

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from launch.cluster import ClusterConfig
+from monitoring.retention import parse_size
 from monitoring.trackers import TrackerConfig
 from train.amounts import (
     REFUSE_UNKNOWN,
@@ -168,10 +169,17 @@ class EngineSettings:
     deepspeed: dict[str, object]
 
 
+NonNegativeSeconds = Annotated[float, Field(ge=0)]
+
+
 def _none_or_several(value: int) -> int:
     if value < 0 or value == 1:
         raise ValueError("expected 0, or at least 2: one that is good and one that is to be")
     return value
+
+
+def _size_or_none(value: object) -> int | None:
+    return None if value is None else parse_size(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,19 +187,29 @@ class CheckpointSettings:
     """`checkpoint`: when to save, when to trust, what to keep."""
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
-    interval_steps: Count
+    interval_steps: Count | Literal["auto"]
+    max_interval_steps: Count
+    max_minutes_at_risk: PositiveFloat
+    failures_per_day: PositiveFloat | None
     good_after_steps: Count
     keep_good: Annotated[int, Field(ge=2)]
+    keep_every_steps: Count | None
+    disk_budget: Annotated[int | None, BeforeValidator(_size_or_none)]
     keep_incidents: NonNegative
     keep_snapshots: Annotated[int, AfterValidator(_none_or_several)]
     snapshot_interval_steps: Count | None
+    is_async: bool
+    retry_seconds: tuple[NonNegativeSeconds, ...]
+    max_failures: Count
+    remote: Annotated[str, Field(pattern=r"^[A-Za-z0-9+.-]+://.+")] | None
     save_at_start: bool
     save_at_end: bool
 
     @property
-    def snapshot_steps(self) -> int:
-        """How many steps lie between snapshots in memory."""
-        return self.snapshot_interval_steps or self.interval_steps
+    def longest_interval_steps(self) -> int:
+        """How many steps can lie between checkpoints on disk."""
+        interval = self.interval_steps
+        return interval if isinstance(interval, int) else self.max_interval_steps
 
 
 class Veto(StrEnum):
@@ -260,11 +278,43 @@ class RecoverySettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HealthSettings:
+    """`health`: when a rank hangs or lags, and when another attempt would be in vain."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    watchdog: bool
+    heartbeat_seconds: PositiveFloat
+    hang_seconds: PositiveFloat
+    hang_factor: Annotated[float, Field(ge=1)]
+    start_seconds: PositiveFloat
+    straggler_interval_steps: NonNegative
+    straggler_sigma: PositiveFloat
+    max_same_failures: NonNegative
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CallbackSettings:
     """`callbacks`: names of the callbacks that run; each is a module of `train/callbacks`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
     names: tuple[str, ...]
+
+
+class OnMismatch(StrEnum):
+    """What follows when bits are wrong."""
+
+    REWIND = "rewind"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegritySettings:
+    """`integrity`: how often replicas are compared and steps executed twice; null: never."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = REFUSE_UNKNOWN
+    replica_check_interval_steps: Count | None
+    reexecution_interval_steps: Count | None
+    on_mismatch: OnMismatch
 
 
 class ChaosKind(StrEnum):
@@ -274,6 +324,7 @@ class ChaosKind(StrEnum):
     BAD_DATA = "bad_data"
     LR_SHOCK = "lr_shock"
     BIT_FLIP = "bit_flip"
+    QUIET_BIT_FLIP = "quiet_bit_flip"
     NAN_ON_ONE_RANK = "nan_on_one_rank"
     SLOW_DIVERGENCE = "slow_divergence"
     LEVEL_SHIFT = "level_shift"
@@ -309,7 +360,9 @@ class RunConfig:
     engine: EngineSettings
     checkpoint: CheckpointSettings
     recovery: RecoverySettings
+    health: HealthSettings
     tracker: TrackerConfig
     callbacks: CallbackSettings
+    integrity: IntegritySettings
     chaos: ChaosSettings
     cluster: ClusterConfig

@@ -107,8 +107,10 @@ class StepReport:
     """One finished step as callbacks see it: frozen facts.
 
     `state` is the state after the step. `data_seconds` is what the step waited for data.
-    `finished_unix_seconds` is when it ended, not when it was reported. `gate` is what let
-    the update through or refused it. `verdict` is None until the OBSERVE phase has run.
+    `finished_unix_seconds` is when it ended, not when it was reported; `finished_uptime_seconds`
+    the same in seconds since the host booted, which nobody can set. `compile_seconds` is what of
+    `step_seconds` torch.compile took. `gate` is what let the update through or refused it.
+    `verdict` is None until the OBSERVE phase has run.
     """
 
     state: TrainState
@@ -119,6 +121,8 @@ class StepReport:
     step_seconds: float
     data_seconds: float
     finished_unix_seconds: float
+    finished_uptime_seconds: float | None = None
+    compile_seconds: float = 0.0
     verdict: Verdict | None = None
     gate: Gate = Gate()
 

@@ -28,7 +28,9 @@ HOST_TOOLS = ("ip",)
 
 SINGLE = Recipe(name="single", num_ranks=1, is_launched=False)
 DDP = Recipe(name="ddp, 2 ranks")
-SHORT_TIMEOUT = Recipe(name="ddp, 2 ranks").with_arguments("engine.timeout_seconds=8")
+SHORT_TIMEOUT = DDP.with_arguments(
+    "engine.timeout_seconds=30", "health.hang_seconds=8", "health.heartbeat_seconds=1"
+)
 TWO_HOSTS = Recipe(
     name="ddp, 2 hosts", num_hosts=2, rendezvous=("--nnodes=2", "--rdzv-id=chaos"), max_restarts=10
 )
@@ -65,7 +67,7 @@ class Scenario:
     needs: tuple[str, ...] = ()
     is_quick: bool = False
     is_bit_equal: bool = True
-    max_steps_lost: int = INTERVAL_STEPS
+    max_steps_lost: int = 2 * INTERVAL_STEPS  # a save may still be on its way to the disk
 
     def shorter(self, num_steps: int) -> Scenario:
         """Return the same fault in a run of so many steps."""
@@ -321,7 +323,7 @@ SCENARIOS = (
             act=_damaged(damages),
             recipe=SINGLE,
             is_quick=damages is damage.flip_byte,
-            max_steps_lost=2 * INTERVAL_STEPS,
+            max_steps_lost=3 * INTERVAL_STEPS,
         )
         for name, what, damages in (
             ("shard_truncated", "a shard cut in half", damage.truncate_shard),

@@ -41,6 +41,7 @@ TINY = (
     "recovery.threshold_sigma=4",  # 256 tokens a step are few to know the noise from
     "recovery.step_scale=1",
     "recovery.token_scale=1",
+    "health.max_same_failures=0",  # a soak is a crash loop
     "chaos=bad_data",
     "chaos.start=60 batches",
     "chaos.length=8 batches",

@@ -30,12 +30,13 @@ from train.data.layout import DocumentLayout
 from train.distributed import World, join_world, launched_rank, launched_size
 from train.engines.base import Engine
 from train.engines.build import build_engine
+from train.engines.optimizer import MOMENTS
 from train.engines.staging import num_predictions
 from train.errors import CheckpointError
 from train.main import CONF, rewrite_arguments
 from train.models.decoder import Decoder
 from train.models.init import initialise
-from train.settings import EngineKind, RunConfig, Veto
+from train.settings import EngineKind, Precision, RunConfig, Veto
 from train.signals import Gate, StepSignals
 from train.state import TrainState
 
@@ -58,6 +59,8 @@ def base_config(*, device: str = "cpu") -> RunConfig:
         "model.num_heads=2",
         "model.vocab_size=257",
         "tokenizer=bytes",
+        "schedule.batch_samples=12",  # divides among 1 to 4 ranks; batches come from below
+        "schedule.batch_ramp_steps=0",
     ]
     OmegaConf.register_new_resolver("run_name", lambda: "engine", replace=True)
     OmegaConf.register_new_resolver("scratch_dir", lambda: ".", replace=True)
@@ -141,12 +144,35 @@ def whole(tensor: Tensor) -> Tensor:
 
 def digest(engine: Any) -> dict[str, str]:
     """Return the SHA-256 of each parameter, moment and step counter, whole (a collective)."""
-    digests = {}
-    for name, parameter in engine.model.named_parameters():
-        state = engine.optimizer.state[parameter]
-        for kind, tensor in {"parameter": parameter, **state}.items():
-            digests[f"{name}/{kind}"] = hashlib.sha256(whole(tensor).numpy().tobytes()).hexdigest()
-    return digests
+    return {
+        name: hashlib.sha256(whole(tensor).numpy().tobytes()).hexdigest()
+        for name, tensor in _whole_state(engine).items()
+    }
+
+
+def _whole_state(engine: Any) -> dict[str, Tensor]:
+    """Return parameters, moments and counters; of DeepSpeed, as its own functions gather them."""
+    gather = _own_state if hasattr(engine, "optimizer") else _zero_state
+    return {
+        f"{name}/{kind}": tensor
+        for name, parameter in engine.model.named_parameters()
+        for kind, tensor in gather(engine, parameter).items()
+    }
+
+
+def _own_state(engine: Any, parameter: Any) -> dict[str, Tensor]:
+    return {"parameter": parameter, **engine.optimizer.state[parameter]}
+
+
+def _zero_state(engine: Any, parameter: Any) -> dict[str, Tensor]:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer = engine._engine.optimizer
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._lazy_init_hp_params_optimizer_state()
+    state = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in MOMENTS}
+    counter = next(iter(optimizer.optimizer.state.values()))["step"]
+    return {"parameter": safe_get_full_fp32_param(parameter), **state, "step": counter}
 
 
 @contextmanager
@@ -186,13 +212,12 @@ def _conformance(found: dict[str, Any], config: RunConfig, world: World, folder:
     found["grad_norms"] = [signal.grad_norm for signal in signals]
     state = TrainState(step=SAVED_STEP, clock=SAVED_STEP)
     info = store.save(engine, state, {"ledger": []}, health=Health.GOOD)
-    has_optimizer = hasattr(engine, "optimizer")
-    found["digest"] = digest(engine) if has_optimizer else {}
+    found["digest"] = digest(engine)
     found["losses"] += train(engine, world, SAVED_STEP, NUM_STEPS)
     found["evaluation"] = engine.evaluate(batch(1000))
     fresh = build_engine(config, world)
     store.load(fresh, info)
-    found["digest_loaded"] = digest(fresh) if has_optimizer else {}
+    found["digest_loaded"] = digest(fresh)
     found["losses_loaded"] = train(fresh, world, SAVED_STEP, NUM_STEPS)
     accumulating = build_engine(with_engine(config, micro_batch_samples=1), world)
     signals = [one_step(accumulating, world, step) for step in range(NUM_STEPS)]
@@ -222,22 +247,54 @@ def _of_all_ranks(values: list[float], world: World) -> list[float]:
     return [value for part in parts for value in part]
 
 
-def exchange(folder: str, name: str, kind: str, checkpoints: tuple[str, ...]) -> None:
+def exchange(
+    folder: str, name: str, kind: str, zero_stage: int, checkpoints: tuple[str, ...]
+) -> None:
     """Load the checkpoints that others wrote, and go on from each."""
-    config = with_engine(base_config(), kind=EngineKind(kind))
+    config = with_engine(base_config(), kind=EngineKind(kind), zero_stage=zero_stage)
     with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
         for checkpoint in checkpoints:
             store = CheckpointStore(Path(folder) / f"{checkpoint}-checkpoints", world, keep_good=2)
             store.open()
             engine = build_engine(config, world)
-            try:
-                store.load(engine, store.entries()[-1])
-            except CheckpointError as error:
-                found[checkpoint] = {"error": str(error)}
-                continue
+            store.load(engine, store.entries()[-1])
             found[checkpoint] = {
-                "digest": digest(engine) if hasattr(engine, "optimizer") else {},
+                "digest": digest(engine),
                 "losses": train(engine, world, SAVED_STEP, NUM_STEPS),
+            }
+
+
+OFFLOADS: dict[str, Any] = {
+    "1": {},
+    "3": {},
+    "1-offloaded": {"offload_optimizer": {"device": "cpu"}},
+    "3-offloaded": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+}
+
+
+def reload_in_bf16(folder: str, name: str) -> None:
+    """Save and load with DeepSpeed where fp32 weights stand beside the ones that compute."""
+    config = with_engine(base_config(), kind=EngineKind.DEEPSPEED, precision=Precision.BF16)
+    with results(Path(folder), name) as found, join_world(config.engine, job_name=name) as world:
+        for label, zero in OFFLOADS.items():
+            settings = {"zero_optimization": zero} if zero else {}
+            staged = with_engine(config, zero_stage=int(label[0]), deepspeed=settings)
+            engine, fresh = build_engine(staged, world), build_engine(staged, world)
+            store = CheckpointStore(Path(folder) / f"{name}-{label}", world, keep_good=2)
+            store.open()
+            start = store.save(engine, TrainState(), {"ledger": []}, health=Health.GOOD)
+            train(engine, world, 0, 3)
+            state = TrainState(step=3, clock=3)
+            info = store.save(engine, state, {"ledger": []}, health=Health.GOOD)
+            store.load(fresh, start)
+            again = train(fresh, world, 0, 3)
+            store.load(fresh, info)
+            found[label] = {
+                "format": engine.checkpoint_format,
+                "can_snapshot": engine.can_snapshot,
+                "digests": [digest(each) for each in (engine, fresh)],
+                "losses": [train(each, world, 3, 6) for each in (engine, fresh)],
+                "first_losses": [again, train(build_engine(staged, world), world, 0, 3)],
             }
 
 
@@ -247,7 +304,13 @@ def failing_save(folder: str, name: str, failing_rank: int) -> None:
     class Failing:
         checkpoint_format = "test"
 
-        def save(self, path: Path) -> None:
+        def begin_save(self, staged: object = None) -> Any:
+            return self
+
+        def is_finite(self) -> bool:
+            return True
+
+        def write(self, path: Path, world: World) -> None:
             if launched_rank() == failing_rank:
                 raise OSError(28, "No space left on device")
             (path / f"part-{launched_rank()}").write_text("x")

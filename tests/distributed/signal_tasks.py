@@ -143,7 +143,7 @@ def update_norms(folder: str, name: str, kind: str) -> None:
         found |= {"reported": reported, "measured": measured}
         checkpoint = Path(folder) / f"{name}-checkpoint"
         checkpoint.mkdir(exist_ok=True)
-        engine.save(checkpoint)
+        engine.begin_save().write(checkpoint, world)
         fresh = build_engine(config, world)
         fresh.load(checkpoint)
         kept = fresh.recent_sample_losses()

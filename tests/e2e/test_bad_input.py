@@ -280,7 +280,8 @@ def test_disk_that_stays_full_keeps_the_older_checkpoints(
     assert "could not be written" in result.output
     (disk / "ballast").unlink()
     again = run(TINY, disk / "run")
-    assert "resumed at step 15" in again.output
+    # The one of step 15 may be in flight when the disk is full.
+    assert "resumed at step 15" in again.output or "resumed at step 10" in again.output
 
 
 def test_run_whose_checkpoints_cannot_be_read_does_not_begin_again(

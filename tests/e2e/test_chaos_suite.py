@@ -35,7 +35,7 @@ def test_quick_part_of_the_chaos_suite_recovers_from_everything(tmp_path: Path) 
         assert (result["samples"]["twice"], result["samples"]["skipped"]) == (0, 0), result
         assert result["samples"]["trained"] > 0
         assert result["recover_seconds"] > 0
-    assert results["kill_one_rank"]["steps_lost"] <= 20
+    assert results["kill_one_rank"]["steps_lost"] <= 40
     assert "is corrupt" in results["byte_flipped"]["happened"]
     assert results["soak_single"]["samples"]["in_ledger"] > 0, "a recovery was under fire too"
     table = page.read_text()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import MAIN, TIMEOUT_SECONDS, TINY, environment, losses_by_clock, summary
+from harness import MAIN, TIMEOUT_SECONDS, TINY, environment, losses_by_clock, records, summary
 
 
 def sweep(arguments: list[str], cwd: Path, num_ranks: int = 2) -> tuple[int, str]:
@@ -33,6 +33,10 @@ def test_jobs_of_a_sweep_run_one_after_another_in_folders_named_by_what_varies(
     assert sorted(runs) == ["falcon_like,optim.lr=0.01", "falcon_like,optim.lr=0.02"]
     for folder in runs.values():
         assert summary(folder)["finished"] is True
+    starts = [records(folder / "events.jsonl")[0] for folder in sorted(runs.values())]
+    born = [start["uptime"] - start["process_seconds"] for start in starts]
+    assert born[1] > records(min(runs.values()) / "events.jsonl")[-1]["uptime"]
+    assert [start["launcher_seconds"] is None for start in starts] == [False, True]
     first, second = (losses_by_clock(folder) for folder in runs.values())
     assert first != second
     assert [path.name for path in tmp_path.iterdir()] == ["runs"], "Hydra left nothing behind"

@@ -205,7 +205,8 @@ def test_undecided_rewind_to_memory_is_decided_again_from_what_is_left(
 ) -> None:
     """Nothing was decided when memory was lost: the checkpoint on disk is the target now."""
     folder = tmp_path / "run"
-    arguments = (*FROM_MEMORY, "recovery.skip=15 batches")  # from step 10, ten are too few
+    # From step 10, ten batches are too few. The checkpoint of step 20 is there to go on from.
+    arguments = (*FROM_MEMORY, "recovery.skip=15 batches", "checkpoint.is_async=false")
     kill_at(arguments, folder, "before_intent")
     finish(arguments, folder)
     (incident,) = incidents(folder)
@@ -288,12 +289,13 @@ def test_checkpoint_made_after_the_onset_is_never_loaded_again(
 ) -> None:
     """The one of step 20 is younger than the target; it stays quarantined until it is replaced."""
     folder = tmp_path / "run"
-    kill_at(ARGUMENTS, folder, "after_done")
+    arguments = (*ARGUMENTS, "checkpoint.is_async=false")  # it has landed when the run is killed
+    kill_at(arguments, folder, "after_done")
     (incident,) = incidents(folder)
     assert incident["quarantine"]
     for name in incident["quarantine"]:
         assert health(folder / "checkpoints" / name)["health"] == "quarantined"
-    output = finish(ARGUMENTS, folder)
+    output = finish(arguments, folder)
     assert f"resumed at step {incident['target_step']}" in output
     assert losses_by_clock(folder) == losses_by_clock(recovered_single.folder)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from monitoring.replay_plan import CheckpointFacts
 from train.attribution.conclusion import RankRepeat
 from train.attribution.outcome import Point
+from train.callbacks.checkpointing import interval_in_force
 from train.callbacks.spike_detection import SpikeDetection
 from train.checkpoint.info import CheckpointInfo, Health
 from train.checkpoint.store import CheckpointStore
@@ -117,6 +118,7 @@ class Bench:
         self._is_data_change = is_data_change
         self._world = world
         self._progress = progress
+        self._interval_steps = interval_in_force(config.checkpoint, {})
 
     def run(self, course: Course, moment: Moment | None = None) -> list[Point]:
         """Return the steps of one trial, oldest first; `moment` is filled on the way."""
@@ -174,6 +176,7 @@ class Bench:
         detection = SpikeDetection(
             self._config.recovery, self._schedule, self._history, self._is_data_change
         )
+        self._interval_steps = interval_in_force(self._config.checkpoint, extra["callbacks"])
         if detection.name in extra["callbacks"]:
             detection.load_state_dict(extra["callbacks"][detection.name])
         if course.begin_cursor is not None:
@@ -207,8 +210,9 @@ class Bench:
     def _is_flushed(self, step: int) -> bool:
         """True if the run read the report of `step` at once, as it does where it saves."""
         checkpoint = self._config.checkpoint
-        in_memory = checkpoint.keep_snapshots > 0 and step % checkpoint.snapshot_steps == 0
-        return step % checkpoint.interval_steps == 0 or in_memory or step == self._config.run.steps
+        to_memory = checkpoint.snapshot_interval_steps or self._interval_steps
+        in_memory = checkpoint.keep_snapshots > 0 and step % to_memory == 0
+        return step % self._interval_steps == 0 or in_memory or step == self._config.run.steps
 
     def _report(
         self,

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
+from monitoring.clocks import Birth, boot_id, now
 from monitoring.console import ConsoleProgress, print_summary
-from monitoring.goodput import goodput_of_run
+from monitoring.goodput import compute_goodput
 from monitoring.incidents import collect_incidents
 from monitoring.records import JsonLinesWriter, finite, number, read_run
 from monitoring.trackers import GuardedTracker, Tracker, TrackerConfig, dashboard_command
@@ -23,7 +23,8 @@ from train.actions import Note
 from train.checkpoint.info import CheckpointInfo
 from train.data.validation import Evaluation
 from train.durable import write_json
-from train.events import Callback, CallbackPhase, RunStart
+from train.events import Alert, Callback, CallbackPhase, RunStart
+from train.health.corruption import Check, Corruption
 from train.recovery.journal import Incident
 from train.signals import StepReport
 from train.state import TrainState
@@ -40,7 +41,7 @@ class Telemetry:
     folder: Path
     run_id: str
     attempt: int
-    process_start_time: float
+    birth: Birth
     world_size: int
     engine: str
     host: str
@@ -73,16 +74,24 @@ class Tracking(Callback):
         self._tracker_config = tracker_config
         self._console = console
         self._events = JsonLinesWriter(telemetry.folder / "events.jsonl")
+        self._has_started = False
         self._has_stepped = False
+        self._is_losing_events = False
         self._peak_flops = telemetry.peak_flops
 
     def on_run_start(self, start: RunStart) -> None:
         """Open everything."""
         telemetry = self._telemetry
+        self._has_started = True
+        born, moment = telemetry.birth, now()
+        launcher = None if born.launcher is None else moment.seconds_since(born.launcher)
         self._event(
             "run_start",
             start.state,
-            process_start_time=telemetry.process_start_time,
+            process_start_time=born.process.unix_seconds,
+            process_seconds=moment.seconds_since(born.process),
+            launcher_seconds=launcher,
+            boot_id=boot_id(),
             world_size=telemetry.world_size,
             engine=telemetry.engine,
             host=telemetry.host,
@@ -115,7 +124,8 @@ class Tracking(Callback):
         state, signals = report.state, report.signals
         if not self._has_stepped:
             self._has_stepped = True
-            self._event("first_step", state, time=report.finished_unix_seconds)
+            when = {"uptime": report.finished_uptime_seconds}
+            self._event("first_step", state, time=report.finished_unix_seconds, **when)
         speed = report.num_tokens / max(1e-9, report.step_seconds + report.data_seconds)
         mfu = self._mfu(speed)
         metrics: dict[str, float | int | str | bool | None] = {
@@ -135,40 +145,34 @@ class Tracking(Callback):
             "mfu": mfu,
             "verdict": str(report.verdict.kind) if report.verdict is not None else None,
             "time": report.finished_unix_seconds,
+            "uptime": report.finished_uptime_seconds,
             "attempt": self._telemetry.attempt,
         }
+        if report.compile_seconds > 0:
+            metrics["compile_seconds"] = report.compile_seconds
         for name, norm in zip(self._telemetry.group_names, signals.group_norms, strict=False):
             metrics[f"grad_norm/{name}"] = norm
         for tracker in self._trackers:
             tracker.log(metrics, state.clock)
         self._console.update(metrics)
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
         """Record a save."""
-        self._events.write(
-            {
-                "kind": "checkpoint_saved",
-                "time": time.time(),
-                "attempt": self._telemetry.attempt,
-                "clock": info.clock,
-                "step": info.step,
-                "seconds": seconds,
-                "bytes": info.num_bytes,
-                "path": str(info.path),
-            }
+        self._write(
+            "checkpoint_saved",
+            clock=info.clock,
+            step=info.step,
+            seconds=seconds,
+            background_seconds=background_seconds,
+            bytes=info.num_bytes,
+            path=str(info.path),
         )
 
-    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+    def on_checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
         """Record and show a failed save."""
-        self._events.write(
-            {
-                "kind": "checkpoint_failed",
-                "time": time.time(),
-                "attempt": self._telemetry.attempt,
-                "step": step,
-                "reason": reason,
-            }
-        )
+        self._write("checkpoint_failed", step=step, reason=reason, seconds=seconds)
         self._console.incident(
             f"the checkpoint of step {step} failed: {reason}", f"save of step {step} failed"
         )
@@ -241,6 +245,19 @@ class Tracking(Callback):
             f"step {state.step:,}: validation loss {evaluation.loss_nats:.3f} nats{detail}"
         )
 
+    def on_integrity_check(
+        self, check: Check, found: Corruption | None, state: TrainState, seconds: float
+    ) -> None:
+        """Record a check, and show what it found."""
+        ranks = [] if found is None else list(found.vote.ranks)
+        tensors = [] if found is None else list(found.tensors)
+        text = "" if found is None else found.in_words()
+        fields = {"check": str(check), "ranks": ranks, "tensors": tensors, "reason": text}
+        self._event("integrity_check", state, seconds=seconds, **fields)
+        if found is not None:
+            words = f"silent corruption: {text}"
+            self._tell("corruption", words, f"corruption at {state.step}", state)
+
     def on_note(self, note: Note, state: TrainState) -> None:
         """Record what was borne or observed, and show what was observed."""
         self._event(
@@ -254,6 +271,11 @@ class Tracking(Callback):
         if note.is_observed:
             text = f"incident {note.incident}, observed: {note.reason}"
             self._tell("observed", text, f"{note.verdict} at {note.onset_step}, observed", state)
+
+    def on_alert(self, alert: Alert, state: TrainState) -> None:
+        """Record and show it."""
+        self._event(alert.kind, state, text=alert.text, **alert.fields)
+        self._tell(alert.kind, alert.text, alert.short, state)
 
     def on_snapshot_taken(self, state: TrainState, seconds: float) -> None:
         """Record a snapshot."""
@@ -269,14 +291,13 @@ class Tracking(Callback):
         from monitoring.report import write_report
 
         folder = self._telemetry.folder
-        now = {"time": time.time(), "attempt": self._telemetry.attempt}
         place = {key: summary[key] for key in ("clock", "step")}
-        self._events.write({"kind": "run_end", **now, **place, "reason": summary["reason"]})
+        self._write("run_end", **place, reason=summary["reason"])
         records = read_run(folder)
         losses = [number(record, "loss_nats") for record in records.curve]
         final = [math.nan if loss is None else loss for loss in losses[-_NUM_FINAL_STEPS:]]
         speeds = [number(record, "tokens_per_second") or 0.0 for record in records.curve]
-        goodput = goodput_of_run(folder)
+        goodput = compute_goodput(records.metrics, records.events)
         full = {
             **summary,
             "steps": summary["step"],
@@ -303,6 +324,8 @@ class Tracking(Callback):
     def close(self) -> None:
         """Leave the terminal and the file as they should be."""
         self._console.stop()
+        if self._has_started:
+            self._write("exit")  # the last sign of life, also of a run that failed
         self._events.close()
 
     def _mfu(self, tokens_per_second: float) -> float | None:
@@ -323,13 +346,22 @@ class Tracking(Callback):
         return None
 
     def _event(self, kind: str, state: TrainState, **fields: object) -> None:
-        self._events.write(
-            {
-                "kind": kind,
-                "time": time.time(),
-                "attempt": self._telemetry.attempt,
-                "clock": state.clock,
-                "step": state.step,
-                **fields,
-            }
-        )
+        self._write(kind, clock=state.clock, step=state.step, **fields)
+
+    def _write(self, kind: str, **fields: object) -> None:
+        """Write an event, stamped now unless the fields say otherwise, and bring it to the disk."""
+        moment = now()
+        record = {
+            "kind": kind,
+            "time": moment.unix_seconds,
+            "uptime": moment.uptime_seconds,
+            "attempt": self._telemetry.attempt,
+            **fields,
+        }
+        try:
+            self._events.write(record, is_urgent=True)
+            self._is_losing_events = False
+        except OSError as error:
+            if not self._is_losing_events:  # one line, however long the disk stays full
+                logger.warning("events.jsonl cannot be written (%s)", error.strerror or error)
+            self._is_losing_events = True

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from hashlib import sha256
 from pathlib import Path
 
+from monitoring.checkpoints import is_intact
+from train.data.units import rescale_cursor
 from train.errors import CorruptCheckpointError
 
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(r"^step-(\d{8})-clock-(\d{8})$")
 MANIFEST = "manifest.json"
 HEALTH = "health.json"
 STATE = "state.json"
@@ -82,3 +91,39 @@ def verify_digests(folder: Path, files: Mapping[str, Mapping[str, object]]) -> N
             raise CorruptCheckpointError(f"{path} cannot be read ({error.strerror})") from error
         if digest != expected["sha256"]:
             raise CorruptCheckpointError(f"{path} does not match its SHA-256 in the manifest")
+
+
+def read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
+    """Return what a folder says of itself, or None if it is not a checkpoint.
+
+    `sequence_length`: what its cursor is counted in is mapped to this, unless it is 0.
+    """
+    match = NAME.match(path.name)
+    if match is None:
+        return None
+    try:
+        text = (path / MANIFEST).read_bytes()
+        manifest = json.loads(text)
+        if not is_intact(manifest):
+            raise ValueError(f"{MANIFEST} does not match its own digest")
+        old_length = manifest.get("sequence_length") or sequence_length
+        health = Health(json.loads((path / HEALTH).read_text())["health"])
+        return CheckpointInfo(
+            name=path.name,
+            path=path,
+            step=int(match[1]),
+            cursor=_cursor_at_length(int(manifest["cursor"]), old_length, sequence_length),
+            clock=int(match[2]),
+            num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+            digest=sha256(text).hexdigest(),
+            world_size=manifest["world_size"],
+            format=manifest["format"],
+            health=health,
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
+        return None
+
+
+def _cursor_at_length(cursor: int, old: int, new: int) -> int:
+    return cursor if new in (0, old) else rescale_cursor(cursor, old, new)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from train.checkpoint.info import CheckpointInfo, Health
 from train.distributed import World
@@ -26,6 +26,16 @@ logger = logging.getLogger(__name__)
 
 # A ring may fill this share of the host memory that is free when the run starts.
 _MAX_MEMORY_SHARE = 0.5
+# With the copy that a save is written from, if that is not a snapshot too, this share.
+_MAX_SHARE_WITH_STAGING = 0.75
+
+
+class Memory(TypedDict):
+    """Bytes of one state of one rank, ranks on this host, and its free bytes, None if unknown."""
+
+    state_bytes: int
+    ranks_on_host: int
+    available_bytes: int | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +58,7 @@ class SnapshotRing:
         self._size = size
         self._slots: list[_Slot] = []
         self._spare: list[HostSnapshot] = []
+        self._lent: HostSnapshot | None = None
 
     def entries(self) -> list[CheckpointInfo]:
         """Return what the ring holds, oldest first."""
@@ -106,6 +117,10 @@ class SnapshotRing:
         """True if the ring holds the state of that name."""
         return any(slot.info.name == name for slot in self._slots)
 
+    def peek(self, name: str) -> HostSnapshot | None:
+        """Return this rank's part of a state, None if the ring does not hold it. No collective."""
+        return next((slot.tensors for slot in self._slots if slot.info.name == name), None)
+
     def restore(self, name: str) -> dict[str, Any]:
         """Bring a state back into the engine and return its extra state. A collective.
 
@@ -125,6 +140,30 @@ class SnapshotRing:
             raise CorruptCheckpointError(f"snapshot {name} in memory: {'; '.join(problems)}")
         return deepcopy(slot.extra)
 
+    def stage(self, name: str) -> HostSnapshot:
+        """Return a copy of the present state, called `name`, that stays as it is until `give_back`.
+
+        The one that was just taken, if there is one, so that one copy serves memory and disk. A
+        ring of size 0 keeps the buffers of this copy alone. Called on all ranks; no collective.
+        """
+        assert self._lent is None, "one save in flight, never two"
+        slot = next((slot for slot in self._slots if slot.info.name == name), None)
+        if slot is not None:
+            self._lent = slot.tensors
+        else:
+            self._lent = self._engine.snapshot(self._spare.pop() if self._spare else None)
+        return self._lent
+
+    def give_back(self) -> None:
+        """Let the buffers that `stage` has lent be written again."""
+        lent, self._lent = self._lent, None
+        if lent is not None and all(slot.tensors is not lent for slot in self._slots):
+            self._spare.append(lent)
+
+    def forget(self, name: str) -> None:
+        """Give up the state of that name."""
+        self._give_up([slot for slot in self._slots if slot.info.name == name])
+
     def forget_after(self, clock: int) -> None:
         """Give up the snapshots younger than `clock`: they lie on what was rewound."""
         self._give_up([slot for slot in self._slots if slot.info.clock > clock])
@@ -132,7 +171,8 @@ class SnapshotRing:
     def _give_up(self, slots: list[_Slot]) -> None:
         for slot in slots:
             self._slots.remove(slot)
-            self._spare.append(slot.tensors)
+            if slot.tensors is not self._lent:
+                self._spare.append(slot.tensors)
 
 
 def snapshot_name(state: TrainState) -> str:
@@ -162,6 +202,23 @@ def affordable_size(
         f"keeping {fits}" if fits >= 2 else "rewinds go to checkpoints on disk",
     )
     return fits if fits >= 2 else 0
+
+
+def has_room_to_stage(
+    num_snapshots: int, *, state_bytes: int, ranks_on_host: int, available_bytes: int | None
+) -> bool:
+    """Return whether one state more than the snapshots fits, for saves beside training."""
+    if available_bytes is None:
+        return True
+    needed = (num_snapshots + 1) * state_bytes * ranks_on_host
+    if needed <= _MAX_SHARE_WITH_STAGING * available_bytes:
+        return True
+    logger.warning(
+        "checkpoint.is_async=true needs %.1f GiB of host memory beside %d snapshots, and %.1f GiB "
+        "are free: training waits for each save; set checkpoint.is_async=false to silence this",
+        *(state_bytes * ranks_on_host / 2**30, num_snapshots, available_bytes / 2**30),
+    )
+    return False
 
 
 def available_memory() -> int | None:

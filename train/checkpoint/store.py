@@ -1,8 +1,8 @@
 """The checkpoints of one run: save, list, verify, load, promote, quarantine, retain.
 
-A checkpoint is a folder `step-S-clock-C`. It is written under a temporary name, fsynced, given a
-manifest with the digest of each file, and renamed: a folder with that name is whole. There is no
-file that says which is the latest; that is read off the names, so nothing can lie.
+A checkpoint is a folder `step-S-clock-C`; `writing` makes it, here and now or beside training. A
+folder with that name is whole. There is no file that says which is the latest; that is read off the
+names, so nothing can lie.
 
 All ranks hold the same catalogue: it changes only by calls that all ranks make in the same order.
 Rank 0 writes the shared files. Cursors of samples of another length are mapped where they are read.
@@ -13,39 +13,38 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
-import time
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from monitoring.checkpoints import size_text
+from monitoring.retention import Rules, plan
 from train.checkpoint.info import (
     HEALTH,
     MANIFEST,
+    NAME,
     NUM_FILE_THREADS,
     STATE,
     CheckpointInfo,
     Health,
-    file_digest,
+    read_info,
     verify_digests,
     verify_sizes,
 )
+from train.checkpoint.writing import DOOMED, CheckpointWriter, Draft, Flight, Outcome, sweep
 from train.data.units import rescale_cursor, rescale_ledger
 from train.distributed import World
-from train.durable import fsync_file, fsync_folder, write_json
+from train.durable import as_json, write_json
 from train.engines.base import Engine
+from train.engines.snapshot import HostSnapshot
 from train.errors import CheckpointError, CorruptCheckpointError
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"^step-(\d{8})-clock-(\d{8})$")
-_FORMAT_VERSION = 1
 
 
 class CheckpointStore:
@@ -59,16 +58,28 @@ class CheckpointStore:
         keep_good: int,
         keep_steps: int = 0,
         reach_steps: int = 0,
+        keep_every_steps: int | None = None,
+        budget_bytes: int | None = None,
         kept: Callable[[], frozenset[str]] = frozenset,
         sequence_length: int = 0,
+        beside: World | None = None,
+        retry_seconds: Sequence[float] = (),
     ) -> None:
         self.folder = folder
         self._world = world
-        self._keep_good = keep_good
-        self._keep_steps = keep_steps
-        self._reach_steps = reach_steps
+        self.rules = Rules(
+            keep_good=keep_good,
+            keep_steps=keep_steps,
+            reach_steps=reach_steps,
+            keep_every_steps=keep_every_steps,
+            budget_bytes=budget_bytes,
+        )
         self._kept = kept
         self._sequence_length = sequence_length
+        self._beside = beside
+        self._retry_seconds = retry_seconds
+        self._flight: Flight | None = None
+        self._meanwhile: tuple[Health, str] | None = None
         self._catalogue: list[CheckpointInfo] = []
         self.unreadable: tuple[str, ...] = ()
         """Names of folders that should be checkpoints, and are left alone."""
@@ -80,8 +91,8 @@ class CheckpointStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob(".saving-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            named = [path for path in self.folder.iterdir() if _NAME.match(path.name)]
-            infos = {path.name: _read_info(path, self._sequence_length) for path in named}
+            named = [path for path in self.folder.iterdir() if NAME.match(path.name)]
+            infos = {path.name: read_info(path, self._sequence_length) for path in named}
             readable = [info for info in infos.values() if info is not None]
             unreadable = tuple(sorted(name for name, info in infos.items() if info is None))
             found = sorted(readable, key=lambda info: info.clock), unreadable
@@ -98,110 +109,129 @@ class CheckpointStore:
     def save(
         self, engine: Engine, state: TrainState, extra: Mapping[str, object], *, health: Health
     ) -> CheckpointInfo:
-        """Write a checkpoint and return when it is durable. A collective.
+        """Write a checkpoint here and now, and return when it is durable. A collective.
 
         Raises: CheckpointError, on all ranks, if any rank could not write its part; what was
         written is removed and older checkpoints are untouched.
         """
-        name = f"step-{state.step:08d}-clock-{state.clock:08d}"
-        temporary = self.folder / f".saving-{name}"
-        failure: str | None = None
-        try:
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-        except OSError as error:
-            failure = str(error)
-        self._agree(failure, temporary)
-        try:
-            engine.save(temporary)
-        except Exception as error:  # noqa: BLE001 - torch wraps a full disk in many classes
-            failure = f"{type(error).__name__}: {_last_line(error)}"
-        self._agree(failure, temporary)  # all parts are there: what is missing below is an error
-        files: dict[str, dict[str, object]] = {}
-        try:
-            files = self._seal(temporary)
-        except OSError as error:
-            failure = str(error)
-        parts = self._agree(failure, temporary, files)
-        info: CheckpointInfo | None = None
-        try:
-            if self._world.is_main:
-                merged = {name: entry for part in parts for name, entry in part.items()}
-                info = self._publish(temporary, name, merged, engine, state, extra, health)
-        except OSError as error:
-            failure = str(error)
-        self._agree(failure, temporary)
-        info = self._world.broadcast(info)
-        self._catalogue = [known for known in self._catalogue if known.name != name] + [info]
+        assert self._flight is None, "one save in flight, never two"
+        draft = self._draft(engine, state, extra, health, staged=None)
+        outcome = self._writer(self._world).write(draft, threading.Event())
+        if outcome.info is None:
+            raise CheckpointError(outcome.problem)
+        self._enter(outcome.info)
         self._retain()
-        return info
+        if self._world.is_main:
+            sweep(self.folder)
+        return outcome.info
 
-    def _agree(
-        self, failure: str | None, temporary: Path, payload: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
-        """Return every rank's payload, or raise on all ranks if one has failed. A collective."""
-        answers = self._world.gather((failure, payload or {}))
-        failures = [f"rank {rank}: {answer[0]}" for rank, answer in enumerate(answers) if answer[0]]
-        if failures:
-            if self._world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError("; ".join(failures))
-        return [answer[1] for answer in answers]
-
-    def _seal(self, folder: Path) -> dict[str, dict[str, object]]:
-        """Fsync and digest this rank's share of the files."""
-        mine = sorted(path for path in folder.rglob("*") if path.is_file())
-        mine = mine[self._world.rank :: self._world.size]
-
-        def seal(path: Path) -> dict[str, object]:
-            fsync_file(path)
-            return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-        with ThreadPoolExecutor(NUM_FILE_THREADS, thread_name_prefix="digests") as threads:
-            entries = threads.map(seal, mine)
-            return {
-                str(path.relative_to(folder)): entry
-                for path, entry in zip(mine, entries, strict=True)
-            }
-
-    def _publish(
+    def begin(
         self,
-        temporary: Path,
-        name: str,
-        files: dict[str, dict[str, object]],
+        engine: Engine,
+        state: TrainState,
+        extra: Mapping[str, object],
+        *,
+        health: Health,
+        staged: HostSnapshot,
+    ) -> None:
+        """Begin to write a checkpoint beside training; `settle` says what became of it.
+
+        Called on all ranks; no collective in this thread. `staged`: a snapshot of the present
+        state, not to be reused before it has settled. The checkpoint is in the catalogue from here
+        on, so that nothing which is decided depends on how fast a disk is.
+        """
+        assert self._beside is not None, "who asks for it asks first whether it can be had"
+        assert self._flight is None, "one save in flight, never two"
+        if self._catalogue:
+            self._retain()  # here, not when one lands: this moment is the same in each execution
+        draft = self._draft(engine, state, extra, health, staged)
+        expected = CheckpointInfo(
+            name=draft.name,
+            path=self.folder / draft.name,
+            step=state.step,
+            cursor=state.cursor,
+            clock=state.clock,
+            num_bytes=staged.num_bytes,
+            digest="",
+            world_size=self._world.size,
+            format=draft.format,
+            health=health,
+        )
+        self._enter(expected)
+        self._meanwhile = None
+        self._flight = Flight(self._writer(self._beside), draft)
+
+    @property
+    def writes_beside(self) -> bool:
+        """True if `begin` can be called: the store was given a group for it."""
+        return self._beside is not None
+
+    @property
+    def in_flight(self) -> str | None:
+        """Name of the checkpoint that is written beside training. Equal on all ranks."""
+        return None if self._flight is None else self._catalogue[-1].name
+
+    def has_landed(self) -> bool:
+        """True if this rank's part in a save is over, and `settle` may be called. No collective."""
+        return self._flight is not None and self._flight.outcome() is not None
+
+    def settle(self, *, waits: bool) -> Outcome | None:
+        """Take over what became of the save in flight, None if that is open. A collective if any.
+
+        `waits`: return when it is known; should the present attempt fail, it was the last.
+        """
+        if self._flight is None:
+            return None
+        if waits:
+            self._flight.wait()
+        outcomes = self._world.gather(self._flight.outcome())
+        if any(outcome is None for outcome in outcomes):
+            return None
+        self._flight = None
+        failures = [outcome for outcome in outcomes if outcome.info is None]
+        outcome: Outcome = (failures or outcomes)[0]
+        expected = self._catalogue.pop()
+        assert expected.clock == outcome.state.clock, "it was the last to come"
+        if outcome.info is not None:
+            self._enter(outcome.info)
+            if self._meanwhile is not None and outcome.info.health is not Health.QUARANTINED:
+                self._set_health(expected.name, *self._meanwhile)
+        return outcome
+
+    def close(self) -> None:
+        """Leave a save in flight to itself, at the end of a process. No collective."""
+        if self._flight is not None:
+            self._flight.abandon()
+
+    def _draft(
+        self,
         engine: Engine,
         state: TrainState,
         extra: Mapping[str, object],
         health: Health,
-    ) -> CheckpointInfo:
+        staged: HostSnapshot | None,
+    ) -> Draft:
         length = {"sequence_length": self._sequence_length}
-        write_json(temporary / STATE, {"train_state": state.as_dict(), **length, **extra})
-        path = temporary / STATE
-        files[STATE] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-        manifest = {
-            "version": _FORMAT_VERSION,
-            "step": state.step,
-            "cursor": state.cursor,
-            "sequence_length": self._sequence_length,
-            "clock": state.clock,
-            "world_size": self._world.size,
-            "format": engine.checkpoint_format,
-            "saved_unix_seconds": time.time(),
-            "files": files,
-        }
-        write_json(temporary / HEALTH, {"health": str(health), "reason": ""})
-        for folder in {path.parent for path in temporary.rglob("*")}:
-            fsync_folder(folder)
-        write_json(temporary / MANIFEST, manifest)
-        final = self.folder / name
-        if final.exists():  # an older one of the same clock was corrupt
-            final.rename(self.folder / f"replaced-{name}-{os.getpid()}")
-        temporary.rename(final)
-        fsync_folder(self.folder)
-        info = _read_info(final, self._sequence_length)
-        assert info is not None, "the checkpoint that was just written can be read"
-        return info
+        content = {"train_state": state.as_dict(), **length, **extra}
+        return Draft(
+            name=f"step-{state.step:08d}-clock-{state.clock:08d}",
+            state=state,
+            state_json=as_json(content),
+            format=engine.checkpoint_format,
+            health=health,
+            pending=engine.begin_save(staged),
+        )
+
+    def _writer(self, world: World) -> CheckpointWriter:
+        return CheckpointWriter(
+            self.folder,
+            world,
+            retry_seconds=self._retry_seconds,
+            sequence_length=self._sequence_length,
+        )
+
+    def _enter(self, info: CheckpointInfo) -> None:
+        self._catalogue = [known for known in self._catalogue if known.name != info.name] + [info]
 
     def load(self, engine: Engine, info: CheckpointInfo) -> dict[str, Any]:
         """Load a checkpoint into the engine and return its extra state. A collective.
@@ -214,7 +244,7 @@ class CheckpointStore:
             raise CheckpointError(
                 f"{info.path} was written as {info.format}, and engine.kind={engine.name} here "
                 f"reads {engine.checkpoint_format}; start with the engine, ranks and ZeRO stage "
-                "that wrote it"
+                "that wrote it, or make it readable by all engines with `trimtab convert`"
             )
         mine: dict[str, Any] = {}
         state_text = b""
@@ -273,49 +303,32 @@ class CheckpointStore:
         self._catalogue = [
             replace(info, health=health) if info.name == name else info for info in self._catalogue
         ]
-        if self._world.is_main and (self.folder / name).exists():
+        if name == self.in_flight:
+            self._meanwhile = health, reason  # it is written when the checkpoint has landed
+        elif self._world.is_main and (self.folder / name).exists():
             try:
                 write_json(self.folder / name / HEALTH, {"health": str(health), "reason": reason})
             except OSError as error:
                 logger.warning("the health of %s could not be written (%s)", name, error)
 
     def _retain(self) -> None:
-        """Delete what is not needed. Called on all ranks; no collective.
-
-        Kept: the newest good ones (never fewer than one while there is one), good ones back to one
-        that is `keep_steps` older than the newest checkpoint, and all candidates younger than the
-        newest good one, and what `kept` names, equal on all ranks. Beyond that, one good one for
-        each doubling of its age up to `reach_steps`: trouble that came slowly is seen late.
-        """
-        good = self.trusted(Health.GOOD)
-        kept_good = {info.name for info in good[-self._keep_good :]}
-        oldest_needed = self._catalogue[-1].step - self._keep_steps
-        before = [info.step for info in good if info.step <= oldest_needed]
-        if self._keep_steps:
-            kept_good |= {info.name for info in good if info.step >= max(before, default=0)}
-        kept_good |= self._kept()
-        newest = self._catalogue[-1].step
-        age = max(1, newest - (good[-self._keep_good :] or self._catalogue[-1:])[0].step)
-        while age < 2 * self._reach_steps:
-            # The oldest of each doubling: it is the one that moves on to the next.
-            kept_good |= {i.name for i in [g for g in good if age < newest - g.step <= 2 * age][:1]}
-            age *= 2
-        newest_good_clock = good[-1].clock if good else -1
-        for info in self.entries():
-            is_live_candidate = (
-                info.health is Health.CANDIDATE and info.clock >= newest_good_clock
-            ) or info.clock == self._catalogue[-1].clock
-            if info.name in kept_good or is_live_candidate:
-                continue
+        """Delete what the rules do not keep. Called on all ranks; no collective."""
+        decided = plan(self._catalogue, self.rules, needed=self._kept())
+        if decided.over_budget_bytes and self._world.is_main:
+            logger.warning(
+                "checkpoint.disk_budget=%s cannot be met: what must stay takes %s more; raise it, "
+                "or keep less with checkpoint.keep_every_steps and checkpoint.keep_incidents",
+                size_text(self.rules.budget_bytes or 0),
+                size_text(decided.over_budget_bytes),
+            )
+        for info in [info for info in self._catalogue if info.name in decided.removed]:
             self._catalogue.remove(info)
             if self._world.is_main:
-                # Renamed first: a kill in the middle leaves nothing that looks whole.
-                doomed = self.folder / f".saving-old-{info.name}"
+                # Only renamed: who writes next deletes it, since that takes a disk its time.
                 try:
-                    info.path.rename(doomed)
+                    info.path.rename(self.folder / f"{DOOMED}{info.name}")
                 except OSError as error:
                     logger.warning("%s could not be removed (%s)", info.path, error)
-                shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _problem_of(digests: Sequence[Future[None]]) -> str | None:
@@ -324,37 +337,6 @@ def _problem_of(digests: Sequence[Future[None]]) -> str | None:
         if problem is not None and not isinstance(problem, CorruptCheckpointError):
             raise problem
     return "; ".join(str(problem) for problem in problems if problem) or None
-
-
-def _read_info(path: Path, sequence_length: int) -> CheckpointInfo | None:
-    """Return what a folder says of itself, or None if it is not a checkpoint."""
-    match = _NAME.match(path.name)
-    if match is None:
-        return None
-    try:
-        text = (path / MANIFEST).read_bytes()
-        manifest = json.loads(text)
-        old_length = manifest.get("sequence_length") or sequence_length
-        health = Health(json.loads((path / HEALTH).read_text())["health"])
-        return CheckpointInfo(
-            name=path.name,
-            path=path,
-            step=int(match[1]),
-            cursor=_cursor_at_length(int(manifest["cursor"]), old_length, sequence_length),
-            clock=int(match[2]),
-            num_bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
-            digest=sha256(text).hexdigest(),
-            world_size=manifest["world_size"],
-            format=manifest["format"],
-            health=health,
-        )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        logger.warning("%s is not a readable checkpoint and is left alone (%s)", path, error)
-        return None
-
-
-def _cursor_at_length(cursor: int, old: int, new: int) -> int:
-    return cursor if new in (0, old) else rescale_cursor(cursor, old, new)
 
 
 def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
@@ -379,8 +361,3 @@ def _at_length(state: dict[str, Any], sequence_length: int) -> dict[str, Any]:
         "train_state": {**train_state, "cursor": cursor},
         "ledger": rescale_ledger(state["ledger"], old, sequence_length),
     }
-
-
-def _last_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[-1][:300] if lines else ""

@@ -7,9 +7,11 @@ refuses to know what a rewind is for. Its methods are called on all ranks.
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 from train.checkpoint.info import CheckpointInfo, Health
+from train.checkpoint.load_marks import MAX_FAILED_LOADS, LoadMarks
 from train.checkpoint.snapshots import SnapshotRing
 from train.checkpoint.store import CheckpointStore
 from train.engines.base import Engine
@@ -21,9 +23,12 @@ logger = logging.getLogger(__name__)
 class Tiers:
     """The ring and the store of one run as one catalogue."""
 
-    def __init__(self, store: CheckpointStore, ring: SnapshotRing) -> None:
+    def __init__(
+        self, store: CheckpointStore, ring: SnapshotRing, marks: LoadMarks | None = None
+    ) -> None:
         self.store = store
         self.ring = ring
+        self._marks = marks
 
     def good(self) -> list[CheckpointInfo]:
         """Return all states that a rewind may go to, oldest clock first, each name once."""
@@ -60,8 +65,20 @@ class Tiers:
             on_disk = next((i for i in self.store.entries() if i.name == info.name), None)
             if on_disk is None:
                 continue
+            marks = self._marks
+            if marks is not None and marks.is_hopeless(info.name):
+                logger.warning(
+                    "loading checkpoint %s has ended the process %d times; it is quarantined, and "
+                    "the one before is used",
+                    info.name,
+                    MAX_FAILED_LOADS,
+                )
+                self.store.quarantine(info.name, f"{MAX_FAILED_LOADS} loads ended the process")
+                marks.clear()
+                continue
             try:
-                return on_disk, self.store.load(engine, on_disk)
+                with marks.loading(info.name) if marks is not None else nullcontext():
+                    return on_disk, self.store.load(engine, on_disk)
             except CorruptCheckpointError as error:
                 logger.warning(
                     "checkpoint %s is corrupt (%s); falling back to the one before",

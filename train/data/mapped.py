@@ -161,7 +161,9 @@ class MappedShards:
             descriptor = os.open(shard.address, os.O_RDONLY | os.O_CLOEXEC)
         problem = size_problem(shard, os.fstat(descriptor).st_size)
         if problem is None and self.verifies_digests and shard.sha256 is not None:
-            problem = digest_problem(shard, Path(f"/proc/self/fd/{descriptor}"))
+            problem = digest_problem(
+                shard.address, shard.sha256, Path(f"/proc/self/fd/{descriptor}")
+            )
         if problem is None:
             return descriptor
         os.close(descriptor)
@@ -178,13 +180,14 @@ def size_problem(shard: Shard, num_bytes: int) -> str | None:
     return f"{shard.address} has {num_bytes:,} bytes, {shard.num_bytes:,} were expected"
 
 
-def digest_problem(shard: Shard, path: Path) -> str | None:
-    """Read all of a shard's local file and say what is wrong with it, None if nothing is."""
+def digest_problem(address: str, sha256: str, path: Path) -> str | None:
+    """Read all of `path`, the local copy of `address`, and say what is wrong with it, if anything.
+
+    Raises: OSError.
+    """
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found == shard.sha256:
-        return None
-    return f"{shard.address} has the digest {found}, {shard.sha256} was expected"
+    return None if found == sha256 else f"{address} has the digest {found}, {sha256} was expected"
 
 
 def _max_open() -> int:

@@ -29,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 Offsets = npt.NDArray[np.int64]
 
+_SKIPPING = "set data.on_bad_shard=skip"
+
 
 class TokenStore:
     """Tokens of a split by offset: the concatenation of its shards.
@@ -306,7 +308,8 @@ class TokenStore:
             shard=shard.address,
             num_tokens=shard.num_tokens,
             files=self._files,
-            repair=self._repair,
+            # Who asks for documents cannot do without those of one shard.
+            repair=self._repair.removesuffix(f", or {_SKIPPING}"),
         )
 
 
@@ -335,7 +338,7 @@ def check_vocabulary(
 
 def _repair(corpus: Corpus) -> str:
     again = f"delete {corpus.address} and prepare the corpus again" if corpus.is_prepared else ""
-    ways = ["bring the file back whole", again, "set data.on_bad_shard=skip"]
+    ways = ["bring the file back whole", again, _SKIPPING]
     return ", or ".join(way for way in ways if way)
 
 
@@ -347,17 +350,18 @@ def _problem(shard: Shard, *, verifies_digests: bool) -> str | None:
 
 
 def _difference(shard: Shard, *, verifies_digests: bool) -> str | None:
-    files = [(shard.address, shard.num_bytes)]
-    if shard.documents is not None and shard.documents.num_bytes is not None:
-        files.append((shard.documents.address, shard.documents.num_bytes))
-    for address, num_bytes in files:
-        found = addresses.num_bytes(address)
+    files = [each for each in (shard, shard.documents) if each and each.num_bytes is not None]
+    for file in files:
+        found = addresses.num_bytes(file.address)
         if found is None:
-            return f"{address} is missing"
-        if found != num_bytes:
-            return f"{address} has {found:,} bytes, {num_bytes:,} were expected"
-    if verifies_digests and shard.sha256 is not None and not addresses.is_remote(shard.address):
-        return digest_problem(shard, Path(shard.address))
+            return f"{file.address} is missing"
+        if found != file.num_bytes:
+            return f"{file.address} has {found:,} bytes, {file.num_bytes:,} were expected"
+    for file in files if verifies_digests else ():
+        if file.sha256 is not None and not addresses.is_remote(file.address):
+            problem = digest_problem(file.address, file.sha256, Path(file.address))
+            if problem is not None:
+                return problem
     return None
 
 

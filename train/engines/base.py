@@ -15,9 +15,26 @@ import numpy.typing as npt
 from torch import Tensor
 
 from train.data.layout import DocumentLayout
+from train.distributed import World
 from train.engines.snapshot import HostSnapshot
 from train.models.decoder import Decoder
 from train.signals import Gate
+
+
+class PendingWrite(Protocol):
+    """A state on its way to disk."""
+
+    def write(self, folder: Path, world: World) -> None:
+        """Write it into `folder`, which exists. A collective of `world`.
+
+        May be called again after it has failed. Raises: whatever the storage does, CheckpointError.
+        """
+
+    def is_finite(self) -> bool:
+        """True if no number of this rank's part is NaN or infinite, as far as that can be known.
+
+        Waits for the copy. Raises: whatever the copy failed with.
+        """
 
 
 class Engine(Protocol):
@@ -28,8 +45,12 @@ class Engine(Protocol):
     """Whether a bad update can be refused on the device."""
     can_snapshot: bool
     """Whether `snapshot` and `restore` work with these settings."""
+    has_replicas: bool
+    """Whether every rank holds the whole state, and all of them the same bits."""
     reads_together: bool
     """Whether `load` fails on all ranks if it fails on one."""
+    writes_staged: bool
+    """Whether `begin_save` takes a snapshot, so that a save can go on beside training."""
     checkpoint_format: str
     """Engines of the same format read each other's checkpoints."""
     num_parameters: int
@@ -74,11 +95,16 @@ class Engine(Protocol):
         Predictions of padding do not count; NaN if there are no others. A host sync.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write parameters and optimizer state into `folder`, which exists."""
+    def begin_save(self, staged: HostSnapshot | None = None) -> PendingWrite:
+        """Get parameters and optimizer state ready to be written. No collective.
+
+        `staged`: a snapshot of the present state, if `writes_staged`. What is returned reads that
+        alone, so it may write in any thread while training goes on, until the snapshot is reused.
+        None: it reads the engine's own tensors; write at once, in this thread.
+        """
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, from any number of ranks if the format allows."""
+        """Take up what was written, from any number of ranks if the format allows."""
 
     @property
     def state_bytes(self) -> int:
@@ -101,6 +127,18 @@ class Engine(Protocol):
 
         Raises: CorruptCheckpointError, naming the tensor, if a byte of the snapshot has changed;
         CheckpointError if it is of another engine. This rank's state is then as it was.
+        """
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """Take back the last step, before which `snapshot` was taken, as if it had not been.
+
+        As `restore`, but the sample losses of the steps before are kept.
+        """
+
+    def state_checksums(self) -> dict[str, int]:
+        """Return a checksum of each tensor of this rank's state, by name; one flipped bit shows.
+
+        A host sync; no collective.
         """
 
     def state_digest(self) -> str:

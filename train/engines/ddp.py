@@ -20,6 +20,8 @@ def wrap(model: Decoder, world: World) -> DistributedDataParallel:
 class DdpEngine(TorchEngine):
     """The engine for a model wrapped by `wrap`."""
 
+    has_replicas = True
+
     def gradient_sync(self, *, is_last: bool) -> AbstractContextManager[None]:
         """Gradients travel in the last backward of a step alone."""
         assert isinstance(self._module, DistributedDataParallel)

@@ -22,23 +22,32 @@ from torch import Tensor
 
 from train.data.layout import DocumentLayout
 from train.distributed import World
+from train.engines.base import PendingWrite
+from train.engines.dcp import accept_lone_process
 from train.engines.deepspeed_state import (
+    group_settings,
     is_stage_3,
     masters,
+    obstacles_to_sharing,
     obstacles_to_snapshots,
+    shared_state,
     state_tensors,
+    take_up_masters,
 )
+from train.engines.flat_state import read_state, write_state
 from train.engines.optimizer import make_optimizer, materialise_state
 from train.engines.rank_signals import SampleLosses, own_signals
 from train.engines.snapshot import (
     HostSnapshot,
     HostValues,
     SnapshotCopier,
+    is_finite,
     state_bytes,
+    state_checksums,
     state_digest,
 )
 from train.engines.staging import num_predictions, stage
-from train.engines.torch_engine import evaluation_parts
+from train.engines.torch_engine import TorchEngine, evaluation_parts
 from train.errors import CheckpointError, ConfigError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import EngineSettings, OptimSettings
@@ -96,12 +105,49 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+class _Write:
+    """What the two ways to write have in common; see `PendingWrite`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def is_finite(self) -> bool:
+        """See `PendingWrite.is_finite`; True where it is not known where the numbers lie."""
+        return all(is_finite(tensor) for tensor in self._tensors.values())
+
+
+class _SharedWrite(_Write):
+    """Writes what all engines read."""
+
+    def __init__(self, state: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._state = state
+
+    def write(self, folder: Path, world: World) -> None:
+        """See `PendingWrite.write`. Raises: CheckpointError on all ranks, if one has failed."""
+        write_state(self._state, folder, world)
+
+
+class _OwnWrite(_Write):
+    """Writes DeepSpeed's own files."""
+
+    def __init__(self, engine: Any, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__(tensors)
+        self._engine = engine
+
+    def write(self, folder: Path, world: World) -> None:
+        """See `PendingWrite.write`; over DeepSpeed's own process groups."""
+        del world
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+
+
 class DeepSpeedEngine:
     """A model under DeepSpeed's own engine."""
 
     name = "deepspeed"
+    has_replicas = False
     can_veto = False
-    reads_together = False
+    writes_staged = False
 
     def __init__(
         self,
@@ -115,8 +161,8 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(world.device)
         self.num_parameters = num_parameters(model)
         self.group_names: tuple[str, ...] = ()
-        self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
         optimizer = make_optimizer(model, optim)
+        self._group_settings = group_settings(model.named_parameters(), optimizer)
         # It keeps process groups in module globals; those of an earlier job are gone by now.
         deepspeed.utils.groups._release_process_group_references(group=None)
         deepspeed.init_distributed(dist_backend=None, dist_init_required=False)
@@ -130,9 +176,14 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         self._obstacles = obstacles_to_snapshots(engine.deepspeed, zero)
         self.can_snapshot = not self._obstacles
-        if self.can_snapshot:
+        self._is_shared = not obstacles_to_sharing(engine.deepspeed, zero, self.model)
+        self.checkpoint_format = f"deepspeed-zero{engine.zero_stage}-{world.size}-ranks"
+        if self._is_shared:
+            self.checkpoint_format = TorchEngine.checkpoint_format
             materialise_state(zero.optimizer, masters(zero))
+        self.reads_together = self._is_shared
         self._copier = SnapshotCopier(world.device)
+        accept_lone_process()
         self._sample_losses = SampleLosses()
         self._world = world
         self._optim = optim
@@ -201,17 +252,49 @@ class DeepSpeedEngine:
         dist.all_reduce(total)
         return float(total / num_predictions(rows, layout))  # host sync
 
-    def save(self, folder: Path) -> None:
-        """Write through DeepSpeed's own format."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    def begin_save(self, staged: HostSnapshot | None = None) -> PendingWrite:
+        """See `Engine.begin_save`; written in the foreground.
+
+        In the format of all engines, or, where the state lies elsewhere, in DeepSpeed's own.
+        """
+        assert staged is None, "DeepSpeed's copies are not written"
+        tensors = self._state_tensors() if self.can_snapshot else {}
+        if not self._is_shared:
+            return _OwnWrite(self._engine, tensors)
+        state = self._shared_state()
+        lr = float(self._engine.optimizer.param_groups[0]["lr"])
+        for name, settings in self._group_settings.items():
+            for key, value in {**settings, "lr": lr}.items():
+                state["optimizer"][f"param_groups.{name}.{key}"] = value
+        return _SharedWrite(state, tensors)
 
     def load(self, folder: Path) -> None:
-        """Read DeepSpeed's own format; the number of ranks must be that of `save`."""
+        """Read what any engine has written on any number of ranks, or DeepSpeed's own files.
+
+        Its own can be read with the stage and on the number of ranks that wrote them alone.
+        """
         self._copier.before_write()
+        if not self._is_shared:
+            self.load_own_files(folder)
+            return
+        state = self._shared_state()
+        read_state(state, folder, self._world)
+        counters = (v for name, v in state["optimizer"].items() if name.endswith(".step"))
+        take_up_masters(self._engine.optimizer, counters)
+        self._engine.optimizer.overflow = False
+        self._sample_losses.clear()
+
+    def load_own_files(self, folder: Path) -> None:
+        """Read DeepSpeed's own files, of the same stage and number of ranks. A collective."""
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"DeepSpeed found no checkpoint in {folder}")
         self._sample_losses.clear()
+
+    def _shared_state(self) -> dict[str, dict[str, Any]]:
+        optimizer = self._engine.optimizer
+        tensors = state_tensors(optimizer)
+        return shared_state(self.model, optimizer, tensors, rank=self._world.rank)
 
     @property
     def state_bytes(self) -> int:
@@ -228,6 +311,15 @@ class DeepSpeedEngine:
 
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
+        self._put_back(snapshot)
+        self._sample_losses.clear()
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`."""
+        self._put_back(snapshot)
+        self._sample_losses.drop_last()
+
+    def _put_back(self, snapshot: HostSnapshot) -> None:
         self._copier.put_back(snapshot, self._state_tensors())
         optimizer = self._engine.optimizer
         if is_stage_3(optimizer):
@@ -238,7 +330,10 @@ class DeepSpeedEngine:
         for name in _COUNTERS:
             setattr(self._engine, name, int(snapshot.host_values[name][0]))
         optimizer.overflow = False
-        self._sample_losses.clear()
+
+    def state_checksums(self) -> dict[str, int]:
+        """See `Engine.state_checksums`."""
+        return state_checksums(self._state_tensors())
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""

@@ -41,6 +41,10 @@ class SampleLosses:
         losses = iter(flat)
         return [[next(losses) for _ in range(size)] for size in sizes]
 
+    def drop_last(self) -> None:
+        """Forget the last step: it was taken back."""
+        self._steps.pop()
+
     def clear(self) -> None:
         """Forget all steps: the model is no longer the one that made them."""
         self._steps.clear()

@@ -9,9 +9,8 @@ along as `grad_scale`, so it costs no pass over the gradients of its own.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,18 @@ from torch import Tensor, nn
 
 from train.data.layout import DocumentLayout
 from train.distributed import World
+from train.engines.dcp import DcpWrite, accept_lone_process, catchable
 from train.engines.optimizer import MOMENTS
 from train.engines.rank_signals import SampleLosses, own_signals
-from train.engines.snapshot import HostSnapshot, SnapshotCopier, state_bytes, state_digest
+from train.engines.snapshot import (
+    HostSnapshot,
+    SnapshotCopier,
+    state_bytes,
+    state_checksums,
+    state_digest,
+)
 from train.engines.staging import num_predictions, stage
 from train.engines.update_norm import UpdateNorm, local_part
-from train.errors import CheckpointError
 from train.models.decoder import Decoder, num_parameters
 from train.settings import OptimSettings
 from train.signals import GRAD_NORM, IS_VETOED, Gate
@@ -70,9 +75,11 @@ class TorchEngine:
     `is_sharded`: each rank holds a part of every gradient.
     """
 
+    has_replicas = False
     can_veto = True
     reads_together = True
     can_snapshot = True
+    writes_staged = True
     checkpoint_format = "dcp"
 
     def __init__(
@@ -114,6 +121,7 @@ class TorchEngine:
         self._sample_losses = SampleLosses()
         self._parameters = dict(model.named_parameters())
         self._copier = SnapshotCopier(world.device)
+        accept_lone_process()
 
     def step(
         self,
@@ -218,18 +226,9 @@ class TorchEngine:
             dist.all_reduce(total)
         return float(total / num_predictions(rows, layout))  # host sync
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer through torch.distributed.checkpoint.
-
-        Raises: CheckpointError, on all ranks, if any rank could not write its part.
-        """
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        # One thread: torch 2.13 loses the exceptions of further ones, and with them a full disk.
-        writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=False)
-        with _quiet(), _catchable():
-            save(self._state(), storage_writer=writer, no_dist=self._world.size == 1)
+    def begin_save(self, staged: HostSnapshot | None = None) -> DcpWrite:
+        """See `Engine.begin_save`."""
+        return DcpWrite(self._state(), staged)
 
     def load(self, folder: Path) -> None:
         """Read model and optimizer; the number of ranks may differ from that of `save`."""
@@ -239,7 +238,7 @@ class TorchEngine:
 
         self._copier.before_write()
         state = self._state()
-        with _quiet(), _catchable():
+        with catchable():
             reader = FileSystemReader(folder)
             load(state, storage_reader=reader, no_dist=self._world.size == 1)
         set_state_dict(
@@ -268,11 +267,23 @@ class TorchEngine:
 
     def restore(self, snapshot: HostSnapshot) -> None:
         """See `Engine.restore`."""
+        self._put_back(snapshot)
+        self._sample_losses.clear()
+
+    def undo(self, snapshot: HostSnapshot) -> None:
+        """See `Engine.undo`."""
+        self._put_back(snapshot)
+        self._sample_losses.drop_last()
+
+    def _put_back(self, snapshot: HostSnapshot) -> None:
         self._copier.put_back(snapshot, self._state_tensors())
         lrs = snapshot.host_values["lr"]
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
             group["lr"] = lr
-        self._sample_losses.clear()
+
+    def state_checksums(self) -> dict[str, int]:
+        """See `Engine.state_checksums`."""
+        return state_checksums(self._state_tensors())
 
     def state_digest(self) -> str:
         """See `Engine.state_digest`."""
@@ -298,25 +309,3 @@ class TorchEngine:
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
         return {"model": model_state, "optimizer": optimizer_state}
-
-
-@contextmanager
-def _catchable() -> Iterator[None]:
-    """Turn torch's CheckpointException, which no `except Exception` catches, into our own."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    try:
-        yield
-    except CheckpointException as error:
-        for failure, _ in error.failures.values():
-            if isinstance(failure, KeyboardInterrupt | SystemExit):
-                raise failure from error
-        raise CheckpointError(str(error).strip().splitlines()[-1]) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence torch's remark that a lone process saves alone; it is meant to."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", append=False)
-        yield

@@ -49,8 +49,9 @@ class Incident:
     comes again there. `quarantine` names the checkpoints younger than the target, `kept` those
     that attribution will need. `clock` is where the run's clock stood, and goes on from. The
     learning rate is multiplied by `lr_scale` from `lr_from_step` to `lr_until_step`, and is whole
-    again at `lr_return_step`. `request` is the operator's request that this fulfils. Positions are
-    of samples of `sequence_length` tokens; 0 is that of the run.
+    again at `lr_return_step`. `request` is the operator's request that this fulfils. `suspects` are
+    hosts and devices that gave wrong bits. Positions are of samples of `sequence_length` tokens; 0
+    is that of the run.
     """
 
     incident: int
@@ -77,6 +78,7 @@ class Incident:
     returned: tuple[int, int, int] | None = None
     kept: tuple[str, ...] = ()
     request: str = ""
+    suspects: tuple[str, ...] = ()
     sequence_length: int = 0
 
     @property
@@ -209,6 +211,7 @@ _FROM_JSON: dict[str, Callable[[Any], object]] = {
     "returned": lambda triple: (int(triple[0]), int(triple[1]), int(triple[2])),
     "quarantine": tuple,
     "kept": tuple,
+    "suspects": tuple,
 }
 
 

@@ -75,8 +75,7 @@ class Rewinder:
     def rewind(self, action: Rewind, present: TrainState) -> tuple[TrainState, Incident]:
         """Go back as `action` says and return the state to go on from, and the journal's entry."""
         self._data.skipped()  # positions ahead are counted from a ledger that is whole
-        target = self._tiers.find(action.target)
-        assert target is not None, "a decision names a state of the catalogue"
+        target_clock = _clock_of(action.target)
         if action.skip_amount:
             # What an earlier rewind skips is not counted again: the amount is of fresh samples.
             amount = self._ledger.advance(action.skip_from, action.skip_amount) - action.skip_from
@@ -95,18 +94,22 @@ class Rewinder:
             onset_step=action.onset_step,
             detected_step=action.detected_step,
             clock=present.clock,
-            target_checkpoint=target.name,
-            target_step=target.step,
+            target_checkpoint=action.target,
+            target_step=action.target_step,
             skip=(skip.start, skip.stop),
+            # Those of earlier rewinds are in their records, whether they are still there or not.
             quarantine=tuple(
-                info.name for info in self._tiers.store.entries() if info.clock > target.clock
+                info.name
+                for info in self._tiers.store.entries()
+                if info.clock > target_clock and info.health is not Health.QUARANTINED
             ),
-            kept=self._needed_for_attribution(target),
+            kept=self._needed_for_attribution(target_clock),
             lr_scale=action.lr_scale,
-            lr_from_step=target.step,
+            lr_from_step=action.target_step,
             lr_until_step=action.lr_until_step,
             lr_return_step=action.lr_return_step,
             request=action.request,
+            suspects=action.suspects,
         )
         self._recorder.capture(intent, present)
         self._write(intent)
@@ -142,20 +145,22 @@ class Rewinder:
             is_vital=not is_veto,
         )
 
-    def stopped(self, action: Stop, present: TrainState) -> None:
+    def stopped(self, action: Stop, present: TrainState, *, is_vital: bool = True) -> None:
         """Write down why recovery gave up."""
         record = self._single(Rung.STOP, present, action.reason)
         self._write(
             replace(
                 record,
                 code=action.code,
+                suspects=action.suspects,
                 rule=action.rule,
                 incident=action.incident,
                 attempt=action.attempt,
                 verdict=action.verdict,
                 onset_step=action.onset_step,
                 detected_step=action.detected_step,
-            )
+            ),
+            is_vital=is_vital,
         )
 
     def skip(self, action: Skip, present: TrainState) -> Incident:
@@ -260,7 +265,9 @@ class Rewinder:
         Raises: JournalError if nothing is left to go back to.
         """
         target = self._tiers.find(intent.target_checkpoint)
-        target_clock = _clock_of(intent.target_checkpoint) if target is None else target.clock
+        if target is not None and target.health is Health.QUARANTINED:
+            target = None  # it was still being written when it was chosen, and came out broken
+        target_clock = _clock_of(intent.target_checkpoint)
         older = [
             info
             for info in self._tiers.good()
@@ -274,9 +281,9 @@ class Rewinder:
             )
         return ([target] if target is not None else []) + older[::-1]
 
-    def _needed_for_attribution(self, target: CheckpointInfo) -> tuple[str, ...]:
+    def _needed_for_attribution(self, clock: int) -> tuple[str, ...]:
         """Return the checkpoints on disk to replay from: the last two good ones up to a target."""
-        good = [i.name for i in self._tiers.store.trusted(Health.GOOD) if i.clock <= target.clock]
+        good = [i.name for i in self._tiers.store.trusted(Health.GOOD) if i.clock <= clock]
         return tuple(good[-2:])
 
     def _restore(self, extra: dict[str, Any]) -> TrainState:

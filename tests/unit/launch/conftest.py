@@ -73,6 +73,7 @@ def two_nodes() -> ClusterConfig:
         job_name="falcon",
         rendezvous_port=29400,
         signal_seconds=300,
+        max_restarts=3,
         requeue=True,
         exclude=["n07", "n[10-12]"],
         setup=["module load cuda/12.8"],

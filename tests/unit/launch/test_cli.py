@@ -2,8 +2,10 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,11 +35,14 @@ def test_local_dry_run_prints_the_torchrun_command() -> None:
     output = _trimtab("launch", "exp=falcon_like", "cluster.processes_per_node=2", "--dry-run")
     assert shlex.split(output) == [
         "OMP_NUM_THREADS=1",
+        "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300",
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node=2",
+        "--max-restarts=3",
         str(training_entry()),
         "+exp=falcon_like",
         "cluster.processes_per_node=2",
@@ -102,7 +107,65 @@ def test_local_run_becomes_the_command_with_its_exit_code(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout) == (7, "3 -m a b\n")
 
 
+@pytest.mark.parametrize(
+    ("tool", "expected"),
+    [
+        ('echo \'{"exit_code": 75}\' >"$TRIMTAB_OUTCOME"; exit 1', 75),
+        ('echo \'{"exit_code": 0}\' >"$TRIMTAB_OUTCOME"; exit 1', 1),
+        ('echo torn >"$TRIMTAB_OUTCOME"; exit 4', 4),
+        ("exit 0", 0),
+        ("kill -9 $$", 137),
+    ],
+)
+def test_exit_code_is_what_the_ranks_have_written_down(
+    tool: str, expected: int, tmp_path: Path
+) -> None:
+    _tool(tmp_path / "python", tool)
+    code = f"from launch import local; print(local.supervise([{str(tmp_path / 'python')!r}], {{}}))"
+    assert _python(code).stdout == f"{expected}\n"
+
+
+def test_each_signal_is_passed_on_once(tmp_path: Path) -> None:
+    body = "trap 'echo usr1' USR1; trap 'echo term; exit 5' TERM; echo ready"
+    _tool(tmp_path / "python", f"{body}; for i in $(seq 500); do sleep 0.05; done")
+    code = (
+        "import sys; from launch import local;"
+        f"sys.exit(local.supervise([{str(tmp_path / 'python')!r}], {{}}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGUSR1)
+        assert child.stdout.readline() == "usr1\n"
+        child.send_signal(signal.SIGTERM)
+        assert child.stdout.read() == "term\n"
+    assert child.returncode == 5
+
+
+def test_a_second_interrupt_ends_what_does_not_end_by_itself(tmp_path: Path) -> None:
+    body = "trap 'echo int' INT; echo ready; for i in $(seq 500); do sleep 0.05; done"
+    _tool(tmp_path / "python", body)
+    code = (
+        "import sys; from launch import local;"
+        f"sys.exit(local.supervise([{str(tmp_path / 'python')!r}], {{}}))"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        assert child.stdout.readline() == "int\n"
+        time.sleep(1.1)
+        child.send_signal(signal.SIGINT)
+        assert child.wait(timeout=5) == 130
+
+
 def test_program_that_cannot_start_is_named() -> None:
+    done = _python("from launch import local\nlocal.supervise(['/no/python'], {})")
+    assert "LaunchError: /no/python cannot be started: No such file" in done.stderr
     done = _python("from launch import local\nlocal.run(['/no/python'], {})")
     assert "LaunchError: /no/python cannot be started: No such file" in done.stderr
 

@@ -68,7 +68,7 @@ def test_hostile_values_arrive_unchanged_and_run_nothing(
     for name, body in tools.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    subprocess.run(
+    done = subprocess.run(
         ["bash", "-c", _render(cluster, [HOSTILE, "~key", "+a={b: [1, 2]}"])],
         cwd=tmp_path,
         env={
@@ -77,8 +77,9 @@ def test_hostile_values_arrive_unchanged_and_run_nothing(
             "SLURM_JOB_ID": "7",
             "SLURM_CPUS_PER_TASK": "48",
         },
-        check=True,
+        check=False,
     )
+    assert done.returncode == 1, "a step that returns 0, and no rank that says that it is complete"
     got = (tmp_path / "got").read_text().split("\0")[:-1]
     assert got[0] == HOSTILE
     assert got[-3:] == [HOSTILE, "~key", "+a={b: [1, 2]}"]
@@ -100,6 +101,28 @@ def test_time_limit_signal_reaches_the_step_and_requeues(
     assert _run_with_srun(two_nodes, tmp_path, srun) == 4
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def _told(code: int) -> str:
+    return f"""mkdir -p runs/falcon-1/launch
+printf '{{\n  "code": "x",\n  "exit_code": {code},\n  "reason": ""\n}}\n' >"$TRIMTAB_OUTCOME"
+exit 1"""
+
+
+@pytest.mark.parametrize(
+    ("code", "is_requeued"), [(75, True), (3, False), (2, False), (130, False)]
+)
+def test_what_the_ranks_have_said_decides_on_the_queue(
+    two_nodes: ClusterConfig, tmp_path: Path, code: int, is_requeued: bool
+) -> None:
+    assert _run_with_srun(two_nodes, tmp_path, _told(code)) == code
+    assert (tmp_path / "requeued").exists() is is_requeued
+
+
+def test_a_step_that_loses_a_node_and_returns_0_is_no_success(
+    two_nodes: ClusterConfig, tmp_path: Path
+) -> None:
+    assert _run_with_srun(two_nodes, tmp_path, "exit 0") == 1
 
 
 def test_without_requeue_the_time_limit_ends_the_job(

@@ -15,7 +15,11 @@ START = 1_790_000_000.0
 
 @dataclass
 class RunScript:
-    """Writes a run step by step on a fake clock; every second is accounted for in `spent`."""
+    """Writes a run step by step on a fake clock; every second is accounted for in `spent`.
+
+    With a `boot_id`, records carry the time since boot, as those of a run do; `clock_was_set` is by
+    how much the wall clock is wrong from then on.
+    """
 
     folder: Path
     num_steps: int = 400
@@ -25,6 +29,8 @@ class RunScript:
     cursor: int = 0
     attempt: int = 0
     lr_factor: float = 1.0
+    boot_id: str = ""
+    clock_was_set: float = 0.0
     metrics: list[Json] = field(default_factory=list)
     events: list[Json] = field(default_factory=list)
     journal: list[Json] = field(default_factory=list)
@@ -36,19 +42,30 @@ class RunScript:
         self.spent[name] = self.spent.get(name, 0.0) + seconds
 
     def event(self, kind: str, **more: object) -> None:
-        common = {"time": self.time, "kind": kind, "attempt": self.attempt}
+        common = {**self.stamp(), "kind": kind, "attempt": self.attempt}
         self.events.append({**common, "clock": self.clock, "step": self.step, **more})
 
-    def start(self) -> None:
-        began = self.time
-        self.spend("startup", 12.0)
-        self.event("run_start", process_start_time=began, world_size=2, engine="ddp", host="n1")
+    def stamp(self) -> Json:
+        """The time of a record; since boot, it does not jump."""
+        wall = {"time": self.time + self.clock_was_set}
+        return {**wall, "uptime": self.time - START + 1e4} if self.boot_id else wall
 
-    def train(self, count: int, verdict: str = "ok", kept: bool = True, bump: float = 0.0) -> None:
+    def start(self) -> None:
+        began = self.time + self.clock_was_set
+        self.spend("startup", 12.0)
+        since: Json = {"boot_id": self.boot_id, "process_seconds": 12.0} if self.boot_id else {}
+        self.event(
+            "run_start", process_start_time=began, world_size=2, engine="ddp", host="n1", **since
+        )
+
+    def train(
+        self, count: int, verdict: str = "ok", kept: bool = True, bump: float = 0.0,
+        lost: str = "recomputed",
+    ) -> None:  # fmt: skip
         for _ in range(count):
             self.clock, self.step, self.cursor = self.clock + 1, self.step + 1, self.cursor + 8
             self.spend("data_wait", 0.01)
-            self.spend("training" if kept else "recomputed", 0.25)
+            self.spend("training" if kept else lost, 0.25)
             loss: float | None = 3.1 + 7.7 * math.exp(-self.step / 55) + self.noise.gauss(0, 0.05)
             loss = loss + bump * (0.5 + self.noise.random()) if loss is not None else None
             self.metrics.append(
@@ -71,13 +88,13 @@ class RunScript:
                     "tokens_per_second": 8 * 1024 / 0.26 * self.noise.uniform(0.97, 1.01),
                     "mfu": 0.41,
                     "verdict": "warming_up" if self.step < 20 and verdict == "ok" else verdict,
-                    "time": self.time,
+                    **self.stamp(),
                     "attempt": self.attempt,
                 }
             )
 
     def save(self) -> None:
-        self.spend("checkpoint", 0.8)
+        self.spend("checkpoint_stall", 0.8)
         path = f"checkpoints/step_{self.step:08d}"
         self.event("checkpoint_saved", seconds=0.8, bytes=1_540_000_000, path=path)
 
@@ -170,7 +187,7 @@ def play_recovered_run(script: RunScript) -> None:
     script.save()
     script.event("checkpoint_promoted")
     script.train(30, kept=False)
-    script.train(4, verdict="spike", kept=False, bump=14.0)
+    script.train(4, verdict="spike", kept=False, bump=14.0, lost="skipped_tokens")
     script.rewind(1, to_step=150, skip=[1440, 1504])
     script.train(100)
     script.save()
@@ -193,7 +210,7 @@ def play_ladder_run(script: RunScript) -> None:
     script.record(9, "replay", "observed", target_checkpoint="step-00000050-clock-00000050")
     script.train(50)
     script.save()
-    script.spend("checkpoint", 0.02)
+    script.spend("checkpoint_stall", 0.02)
     script.event("snapshot", seconds=0.02)
     for attempt, rung, skip in ((1, "replay", [1200, 1200]), (2, "skip", [1200, 1264])):
         script.train(30, kept=False)

@@ -110,6 +110,13 @@ def test_operator_s_rewind_within_an_incident_is_not_the_attempt() -> None:
     assert make_plan(journal, on_disk(facts(15)), 1).attempt == 2
 
 
+def test_wrong_bits_are_no_incident_of_the_loss() -> None:
+    bits = record(rule="integrity", reason="silent corruption: rank 3")
+    with pytest.raises(NoReplayError, match=r"was wrong bits \(silent corruption: rank 3\)"):
+        make_plan([bits], on_disk(facts(15)), 1)
+    assert make_plan([bits, record(attempt=2)], on_disk(facts(15)), 1).attempt == 2
+
+
 @pytest.mark.parametrize(
     ("incident", "words"),
     [

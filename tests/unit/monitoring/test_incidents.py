@@ -139,7 +139,8 @@ def test_end_is_named_by_its_code_where_there_is_one(script: RunScript) -> None:
 def test_snapshots_cost_what_the_loop_waited_for_them(ladder_run: RunScript) -> None:
     run = read_run(ladder_run.folder)
     goodput = compute_goodput(run.metrics, run.events)
-    assert goodput.checkpoint == pytest.approx(ladder_run.spent["checkpoint"])
+    stall = ladder_run.spent["checkpoint_stall"]
+    assert goodput.checkpoint_stall == pytest.approx(stall)
 
 
 def test_notices_are_in_order_and_files_still_bad_at_a_restart_come_once(

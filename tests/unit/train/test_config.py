@@ -241,6 +241,8 @@ def test_missing_key_is_refused(compose_node: ComposeNode) -> None:
         ("recovery.announced=[-1]", "recovery.announced.0=-1: should be greater than or equal"),
         ("checkpoint.keep_snapshots=1", "checkpoint.keep_snapshots=1: should be 0, or at least 2"),
         ("checkpoint.keep_snapshots=-1", "checkpoint.keep_snapshots=-1: should be 0, or at least"),
+        ("checkpoint.retry_seconds=[-1]", "checkpoint.retry_seconds.0=-1"),
+        ("checkpoint.max_failures=0", "checkpoint.max_failures=0: should be greater than"),
         ("checkpoint.keep_incidents=-1", "checkpoint.keep_incidents=-1: should be greater than"),
         (
             "checkpoint.snapshot_interval_steps=0",
@@ -449,6 +451,11 @@ def test_bad_config_has_the_exit_code_that_stops_a_requeue(problems_of: Problems
             "checkpoint.save_at_start=false: recovery would have nothing to go back to",
         ),
         (["chaos=bad_data", "chaos.length=0 steps"], 1, "chaos.length is zero"),
+        (
+            ["integrity.reexecution_interval_steps=50", "run.is_deterministic=false"],
+            1,
+            "integrity.reexecution_interval_steps=50 needs run.is_deterministic=true",
+        ),
         (
             ["cluster.nodes=2"],
             1,

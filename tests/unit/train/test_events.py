@@ -126,10 +126,12 @@ class Recorder(Callback):
     def on_ledger_change(self, incident: Incident, state: TrainState) -> None:
         self._note("ledger")
 
-    def on_checkpoint_saved(self, info: CheckpointInfo, seconds: float) -> None:
+    def on_checkpoint_saved(
+        self, info: CheckpointInfo, seconds: float, background_seconds: float
+    ) -> None:
         self._note("saved")
 
-    def on_checkpoint_failed(self, step: int, reason: str) -> None:
+    def on_checkpoint_failed(self, step: int, reason: str, seconds: float) -> None:
         self._note("failed")
 
     def on_rewind(self, incident: Incident, state: TrainState, seconds: float) -> None:
@@ -182,7 +184,7 @@ def test_everyone_is_told_in_order_and_ends_run_in_reverse() -> None:
     events.noted(NOTE, STATE)
     events.snapshot_taken(STATE, 0.1)
     events.checkpoint_saved(INFO, 0.1)
-    events.checkpoint_failed(3, "full disk")
+    events.checkpoint_failed(3, "full disk", 0.5)
     events.rewound(INCIDENT, STATE, 0.1)
     events.ledger_changed(INCIDENT, STATE)
     told = ("start", "noted", "snapshot", "saved", "failed", "rewind", "ledger")
@@ -304,7 +306,7 @@ def test_base_callback_does_nothing_and_keeps_nothing() -> None:
     assert not events.needs_current(1)
     assert events.after_update(REPORT) == []
     events.checkpoint_saved(INFO, 0.0)
-    events.checkpoint_failed(1, "")
+    events.checkpoint_failed(1, "", 0.0)
     events.rewound(INCIDENT, STATE, 0.0)
     events.noted(NOTE, STATE)
     events.ledger_changed(INCIDENT, STATE)

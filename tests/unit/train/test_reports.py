@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from monitoring.clocks import now
 from train.reports import ReportPipeline, was_calm_after
 from train.signals import NUM_FIXED_SIGNALS, Gate, StepReport
 from train.state import TrainState
@@ -152,3 +153,30 @@ def test_long_history_costs_only_its_tail(tmp_path: Path) -> None:
     assert not was_calm_after(100_000, path)
     assert was_calm_after(100_002, path)
     assert was_calm_after(1, path), "what lies before the tail is not looked at"
+
+
+# When, and what of it was compiling.
+
+
+def test_step_is_stamped_when_it_ends_on_both_clocks() -> None:
+    pipeline = ReportPipeline()
+    before = now()
+    push(pipeline, 1)
+    after = now()
+    (report,) = push(pipeline, 2)
+    assert before.unix_seconds <= report.finished_unix_seconds <= after.unix_seconds
+    assert report.finished_uptime_seconds is not None
+    assert before.uptime_seconds <= report.finished_uptime_seconds <= after.uptime_seconds
+
+
+def test_compiling_belongs_to_the_step_in_which_it_happened(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    total = 5.0  # what a run before in this process took
+    monkeypatch.setattr("train.reports.compile_seconds", lambda: total)
+    pipeline = ReportPipeline()
+    found = []
+    for step, compiled in enumerate([3.0, 0.0, 0.5, 0.0], start=1):
+        total += compiled
+        found += push(pipeline, step)
+    assert [report.compile_seconds for report in [*found, *pipeline.drain()]] == [3.0, 0, 0.5, 0]

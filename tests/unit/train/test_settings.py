@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -152,18 +152,27 @@ def test_observe_refuses_nothing_whatever_is_set(veto: Veto) -> None:
     assert recovery(Rule.OBSERVE, veto=veto).resolved_veto is Veto.OFF
 
 
-@pytest.mark.parametrize(("own", "steps"), [(None, 10), (3, 3), (20, 20)])
-def test_snapshots_follow_the_interval_unless_they_have_their_own(
-    own: int | None, steps: int
+@pytest.mark.parametrize(("interval", "longest"), [(10, 10), ("auto", 700)])
+def test_longest_interval_is_the_one_that_is_set_or_the_bound_of_an_automatic_one(
+    interval: int | Literal["auto"], longest: int
 ) -> None:
     checkpoint = CheckpointSettings(
-        interval_steps=10,
+        interval_steps=interval,
+        max_interval_steps=700,
+        max_minutes_at_risk=30.0,
+        failures_per_day=None,
         good_after_steps=8,
         keep_good=3,
+        keep_every_steps=None,
+        disk_budget=None,
         keep_incidents=2,
         keep_snapshots=2,
-        snapshot_interval_steps=own,
+        snapshot_interval_steps=None,
+        is_async=True,
+        retry_seconds=(2.0, 8.0, 30.0),
+        max_failures=5,
+        remote=None,
         save_at_start=True,
         save_at_end=True,
     )
-    assert checkpoint.snapshot_steps == steps
+    assert checkpoint.longest_interval_steps == longest

@@ -54,5 +54,5 @@ def _of_split(manifest: dict[str, Any]) -> Iterator[str]:
         num_documents = manifest["splits"]["train"]["num_documents"]
         yield (
             f"no document is held out, at a share of {share:g} of {num_documents:,}; raise "
-            "--validation-share (data.validation_share) to have a validation loss"
+            "--validation-share (data.validation_share), or a run holds back the end of the tokens"
         )

@@ -217,8 +217,8 @@ def _pass_by(corpus: str, root: str, files: Sequence[Found]) -> None:
         return
     if any(file.address == f"{corpus}/manifest.json" for file in files):
         raise DataError(
-            f"{corpus} is a prepared corpus and no text; if a run is to read it, its manifest.json "
-            f"is damaged: see `trimtab prepare --verify {corpus}`"
+            f"{corpus} is a prepared corpus and no text; a run reads it as it is, and if that "
+            f"failed, its manifest.json is damaged: see `trimtab prepare --verify {corpus}`"
         )
     raise DataError(
         f"{corpus} is a corpus that was not prepared to the end; run its `trimtab prepare` again, "

@@ -162,16 +162,28 @@ def write_tokenizer(choice: TokenizerChoice, path: Path, texts: Iterable[str]) -
                 raise _no_separator(choice, tokenizer)
             tokenizer.add_special_tokens([separator])
             content = tokenizer.to_str(pretty=True)
+        elif _is_of_text(separator, tokenizer):
+            raise DataError(
+                f"--separator (tokenizer.separator)={separator} is an ordinary token of "
+                f"{choice.option}={choice.path}, which text has too, so documents could not be "
+                "told apart; give a special token"
+            )
     path.write_text(content, encoding="utf-8")
     return separator
+
+
+def _is_of_text(separator: str, tokenizer: Tokenizer) -> bool:
+    """Return whether plain text can become the separator."""
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    special = {token.content for token in tokens if token.special}
+    encoded = tokenizer.encode(separator, add_special_tokens=False).ids
+    return separator not in special and tokenizer.token_to_id(separator) in encoded
 
 
 def _no_separator(choice: TokenizerChoice, tokenizer: Tokenizer) -> DataError:
     wanted = str(choice.separator)
     special = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
     near = get_close_matches(wanted, special, cutoff=0.0)
-    near += get_close_matches(wanted, tokenizer.get_vocab(with_added_tokens=False), cutoff=0.6)
-    near = list(dict.fromkeys(near))
     return DataError(
         f"--separator (tokenizer.separator)={wanted}: {choice.option}={choice.path} has no such "
         f"token; give one that it has{', such as ' if near else ''}{', '.join(near)}"

@@ -13,6 +13,7 @@ import pytest
 from fakes import Process
 
 import train.callbacks
+from monitoring.clocks import Birth, Moment
 from monitoring.console import ConsoleProgress
 from train.callbacks.tracking import Telemetry
 from train.checkpoint.tiers import Tiers
@@ -49,7 +50,7 @@ def make(
         folder=tmp_path,
         run_id="id",
         attempt=0,
-        process_start_time=0.0,
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=1,
         engine="single",
         host="here",
@@ -73,9 +74,12 @@ def make(
     def make_it(module_name: str) -> Callback:
         chosen = callback_class(module_name)
         hints = inspect.get_annotations(chosen.__init__, eval_str=True)
-        for name in ("return", "is_data_change"):  # the latter has a default
-            hints.pop(name, None)
-        return chosen(*(parts[getattr(hint, "__origin__", hint)] for hint in hints.values()))
+        needed = [
+            hints[name]
+            for name, parameter in inspect.signature(chosen).parameters.items()
+            if parameter.default is parameter.empty
+        ]
+        return chosen(*(parts[getattr(hint, "__origin__", hint)] for hint in needed))
 
     return make_it
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,10 +12,14 @@ from typing import Any
 import pytest
 from fakes import at
 
+from monitoring.clocks import Birth, Moment, boot_id, now
 from monitoring.console import ConsoleProgress
+from monitoring.records import JsonLinesWriter
 from monitoring.trackers import TrackerConfig
 from train.actions import Note
 from train.callbacks.tracking import Telemetry, Tracking
+from train.events import RunStart
+from train.health.corruption import Check, Corruption, Vote
 from train.recovery.journal import Incident, Phase
 from train.recovery.policy import Rung
 
@@ -83,7 +88,7 @@ def tracking(tmp_path: Path, tracker: ListTracker) -> Tracking:
         folder=tmp_path,
         run_id="r",
         attempt=4,
-        process_start_time=0.0,
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=2,
         engine="ddp",
         host="h",
@@ -184,3 +189,66 @@ def test_snapshot_is_recorded_with_what_the_step_waited(tracking: Tracking, tmp_
     tracking.on_snapshot_taken(at(60), 0.003)
     event = written(tracking, tmp_path)
     assert (event["kind"], event["step"], event["seconds"]) == ("snapshot", 60, 0.003)
+
+
+def test_start_and_end_are_stamped_on_both_clocks(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = now()
+    tracking.on_run_start(
+        RunStart(name="r", state=at(0), last_step=9, num_parameters=1, is_resumed=False)
+    )
+    tracking.close()
+    start, end = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    assert (start["kind"], end["kind"]) == ("run_start", "exit")
+    assert start["boot_id"] == boot_id()
+    assert start["process_seconds"] == pytest.approx(start["uptime"], abs=0.5), "began at boot"
+    assert start["launcher_seconds"] is None
+    for record in (start, end):
+        assert record["uptime"] - before.uptime_seconds == pytest.approx(
+            record["time"] - before.unix_seconds, abs=0.5
+        )
+
+
+def test_search_for_corruption_is_recorded_and_what_it_found_is_shown(
+    tracking: Tracking, tracker: ListTracker, tmp_path: Path
+) -> None:
+    found = Corruption(
+        check=Check.REPLICAS,
+        vote=Vote(ranks=(3,), is_certain=True),
+        places=("node7, cuda:3",),
+        tensors=("w/parameter",),
+        detail="another state",
+    )
+    tracking.on_integrity_check(Check.REPLICAS, None, at(50), 0.01)
+    tracking.on_integrity_check(Check.REPLICAS, found, at(60), 0.02)
+    tracking.close()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
+    calm, corrupt = map(json.loads, lines)
+    assert calm["kind"] == corrupt["kind"] == "integrity_check"
+    assert (calm["ranks"], calm["seconds"], calm["step"]) == ([], 0.01, 50)
+    assert (corrupt["ranks"], corrupt["tensors"]) == ([3], ["w/parameter"])
+    words = "silent corruption: rank 3 (node7, cuda:3): another state"
+    assert tracker.events == [("corruption", words, 60)]
+
+
+def test_full_disk_is_one_line_and_the_event_is_told_all_the_same(
+    tracking: Tracking,
+    tracker: ListTracker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JsonLinesWriter, "write", fail)
+        tracking.on_rewind(REWIND, at(40), 0.1)
+        tracking.on_snapshot_taken(at(41), 0.1)
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["events.jsonl cannot be written (No space left on device)"]
+    assert [kind for kind, _, _ in tracker.events] == ["rewind"]
+    tracking.on_snapshot_taken(at(42), 0.1)
+    assert written(tracking, tmp_path)["step"] == 42

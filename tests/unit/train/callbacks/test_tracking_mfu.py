@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from monitoring.clocks import Birth, Moment
 from monitoring.console import ConsoleProgress
 from monitoring.trackers import TrackerConfig
 from train.callbacks.tracking import Telemetry, Tracking
@@ -18,7 +19,7 @@ def test_impossible_share_is_not_shown_and_said_once(
         folder=tmp_path,
         run_id="r",
         attempt=0,
-        process_start_time=0.0,
+        birth=Birth(process=Moment(unix_seconds=0.0, uptime_seconds=0.0)),
         world_size=2,
         engine="ddp",
         host="h",

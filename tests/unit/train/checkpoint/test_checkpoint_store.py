@@ -29,6 +29,7 @@ class FileEngine:
     can_veto = True
     reads_together = True
     can_snapshot = False
+    writes_staged = False
     state_bytes = 0
     model: Any = None
     checkpoint_format = "file"
@@ -37,6 +38,7 @@ class FileEngine:
 
     def __init__(self) -> None:
         self.word = "fresh"
+        self.finite = True
         self.failure: Exception | None = None
         self.load_failure: Exception | None = None
 
@@ -58,10 +60,16 @@ class FileEngine:
     def state_digest(self) -> str:
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def begin_save(self, staged: object = None) -> FileEngine:
+        return self
+
+    def write(self, folder: Path, world: World) -> None:
         (folder / "word.bin").write_text(self.word)
         if self.failure is not None:
             raise self.failure
+
+    def is_finite(self) -> bool:
+        return self.finite
 
     def load(self, folder: Path) -> None:
         if self.load_failure is not None:
@@ -224,7 +232,9 @@ def test_checkpoint_of_another_engine_is_refused(
 ) -> None:
     info = save(store, engine, 3)
     engine.checkpoint_format = "other"
-    with pytest.raises(CheckpointError, match=r"as file, and engine\.kind=file here"):
+    with pytest.raises(
+        CheckpointError, match=r"as file, and engine\.kind=file here(.|\n)*`trimtab convert`"
+    ):
         store.load(engine, info)
 
 
@@ -350,3 +360,51 @@ def test_folders_that_should_be_checkpoints_are_named_and_never_removed(
     save(again, engine, 1)
     opened(tmp_path)
     assert list(store.folder.glob(f"replaced-{info.name}-*"))
+
+
+def test_manifest_that_contradicts_its_own_digest_is_left_alone(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    info = save(store, engine, 3)
+    manifest = info.path / "manifest.json"
+    text = manifest.read_text()
+    assert '"digest"' in text
+    manifest.write_text(text.replace('"cursor": 48', '"cursor": 49'))
+    assert opened(tmp_path).unreadable == (info.name,)
+
+
+def test_manifest_of_an_old_run_has_no_digest_and_is_read(
+    store: CheckpointStore, engine: FileEngine, tmp_path: Path
+) -> None:
+    info = save(store, engine, 3)
+    manifest = json.loads((info.path / "manifest.json").read_text())
+    del manifest["digest"]
+    (info.path / "manifest.json").write_text(json.dumps(manifest))
+    assert steps(opened(tmp_path)) == [3]
+
+
+def test_one_good_checkpoint_of_each_stretch_stays_for_good(
+    tmp_path: Path, engine: FileEngine
+) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", WORLD, keep_good=1, keep_every_steps=4)
+    store.open()
+    for step in range(10):
+        save(store, engine, step, Health.GOOD)
+    assert steps(store) == [0, 4, 8, 9]
+
+
+def test_disk_budget_takes_the_oldest_and_says_what_it_cannot_do(
+    tmp_path: Path, engine: FileEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = save(opened(tmp_path / "other"), engine, 0).num_bytes
+    store = CheckpointStore(tmp_path / "checkpoints", WORLD, keep_good=5, budget_bytes=3 * one + 10)
+    store.open()
+    for step in range(6):
+        save(store, engine, step, Health.GOOD)
+    assert steps(store) == [3, 4, 5]
+    assert "cannot be met" not in caplog.text
+    for step in (6, 7, 8):
+        save(store, engine, step)
+    assert steps(store) == [5, 6, 7, 8], "the last good one and what may become good"
+    assert "checkpoint.disk_budget" in caplog.text
+    assert "cannot be met" in caplog.text

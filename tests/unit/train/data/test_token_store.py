@@ -333,6 +333,17 @@ def test_other_tokens_of_the_same_size_are_refused_with_digests_alone(tmp_path: 
     assert num_open(tmp_path) == 0
 
 
+def test_other_documents_of_the_same_size_are_found_with_digests_alone(tmp_path: Path) -> None:
+    shard = shard_of(tmp_path, "a", [range(10)])
+    assert shard.documents is not None
+    index = Path(shard.documents.address)
+    content = index.read_bytes()
+    index.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert store_of(shard).problems() == {}
+    problems = store_of(shard, verify=Verify.DIGESTS).problems()
+    assert problems[0].startswith(f"{index} has the digest ")
+
+
 def test_check_names_each_shard_with_a_problem_and_says_which(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,3 +54,11 @@ def test_mean_of_a_sample_is_over_its_own_predictions() -> None:
     total = losses.add([torch.tensor([8.0, 4.0]), torch.tensor([0.0])], num_predictions=own)
     assert total.tolist() == [12.0]
     assert losses.recent() == [[2.0, 4.0, 0.0]]
+
+
+def test_step_that_is_taken_back_leaves_the_losses_of_those_before() -> None:
+    losses = SampleLosses()
+    for step in (1.0, 2.0, 3.0):
+        losses.add([torch.tensor([step])], num_predictions=1)
+    losses.drop_last()
+    assert losses.recent() == [[1.0], [2.0]]

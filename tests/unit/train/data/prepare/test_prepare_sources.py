@@ -256,5 +256,5 @@ def test_corpus_that_is_not_whole_is_not_read_as_text(tmp_path: Path) -> None:
         addresses(tmp_path / "half")
     write(tmp_path / "broken" / "manifest.json", "{")
     write(tmp_path / "broken" / "train-00000.documents.npy")
-    with pytest.raises(DataError, match=r"broken is a prepared corpus and no text; if a run is to"):
+    with pytest.raises(DataError, match=r"broken is a prepared corpus and no text; a run reads it"):
         addresses(tmp_path / "broken")

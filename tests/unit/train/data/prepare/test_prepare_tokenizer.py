@@ -8,7 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from train.data.prepare.plan import Task
 from train.data.prepare.recipe import Recipe
@@ -125,8 +125,17 @@ def test_separator_that_the_tokenizer_lacks_is_refused_with_those_near_it(tmp_pa
         DataError, match=r"=<s>: tokenizer\.path=.*given\.json has no such .*, such as </s>, "
     ):
         encoder_of(tmp_path, content, "<s>")
-    with pytest.raises(DataError, match=r"has no such token; give one .*, such as cat$"):
+    with pytest.raises(DataError, match=r"has no such token; give one that it has$"):
         encoder_of(tmp_path, word_tokenizer(), "cats")
+
+
+def test_separator_that_text_has_too_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"=cat is an ordinary token of tokenizer\.path=.*given"):
+        encoder_of(tmp_path, word_tokenizer("</s>"), "cat")
+    plain = Tokenizer.from_str(word_tokenizer())
+    plain.add_tokens([AddedToken("<doc>", special=False)])
+    with pytest.raises(DataError, match="=<doc> is an ordinary token"):
+        encoder_of(tmp_path, plain.to_str(), "<doc>")
 
 
 def test_separator_of_bytes_is_refused() -> None:

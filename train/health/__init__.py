@@ -1,0 +1,1 @@
+"""What keeps a run alive when processes, hosts and launchers fail."""
