@@ -17,14 +17,15 @@ _MAX_WORDS = 110
 
 
 class References:
-    """The undisturbed runs, each made once. How long a collective may take makes no difference."""
+    """The undisturbed runs, each made once. How long is waited makes no difference."""
 
     def __init__(self, work: Path) -> None:
         self._work = work
         self._made: dict[object, Reference] = {}
 
     def of(self, recipe: Recipe) -> Reference:
-        arguments = [text for text in recipe.arguments if not text.startswith("engine.timeout")]
+        patience = ("engine.timeout", "health.")
+        arguments = [text for text in recipe.arguments if not text.startswith(patience)]
         key = (recipe.num_ranks, *arguments)
         if key not in self._made:
             plain = (SINGLE if recipe.num_ranks == 1 else DDP).with_arguments(*arguments)
