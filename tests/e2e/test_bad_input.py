@@ -260,7 +260,7 @@ def test_disk_that_is_full_for_a_while_does_not_end_a_run(
     small_disk(disk, "4m")  # room for five checkpoints
     folder = disk / "run"
     # The checkpoint of step 15 becomes good, and that of step 20 is due, while the disk is full.
-    arguments = [*TINY, "checkpoint.keep_good=2"]
+    arguments = [*TINY, "checkpoint.keep_good=2", "checkpoint.is_async=false"]
     result = run(arguments, folder, fault=Fault(full_disk=range(18, 32))).expect(0)
     assert "the checkpoint of step 20 could not be written" in result.output
     names = [path.name for path in checkpoints(folder)]
