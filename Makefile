@@ -32,7 +32,7 @@ lint: $(INSTALLED) ## ruff and mypy alone
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-chaos: $(INSTALLED) ## real faults in real runs, about an hour: docs/reliability.md
+chaos: $(INSTALLED) ## real faults in real runs, half an hour: docs/reliability.md
 	$(BIN)/python -m tests.chaos --output docs/reliability.md
 
 curves: $(INSTALLED) ## measure and draw the three curves of the README

@@ -24,7 +24,7 @@ from .runner import Result
 from .scenarios import SCENARIOS
 from .soak import soak
 
-NUM_SOAK_FAULTS = {"soak_single": 200, "soak_ddp": 40}
+NUM_SOAK_FAULTS = {"soak_single": 200, "soak_ddp": 60}
 NUM_QUICK_FAULTS, QUICK_STEPS = 6, 160
 Play = Callable[[Path, References, Callable[[str], None]], Result]
 

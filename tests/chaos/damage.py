@@ -85,7 +85,7 @@ def fill_disk(ballast: Path, *, left_bytes: int) -> None:
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
     """Mount a tmpfs of that size. Raises: OSError if that is not allowed here."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .processes import Recipe
-from .runner import NotRecoveredError, Reference, Result, Scene, digest, make_reference
+from .runner import NotRecoveredError, Reference, Result, Scene, make_reference
 from .samples import losses, read_records
 from .scenarios import DDP, SINGLE, Scenario
+from .state import digest
 
 # What another number of ranks leaves of a loss: sums in another order, over hundreds of steps.
 LOSS_TOLERANCE = 2e-2
@@ -66,8 +67,7 @@ def judge(scene: Scene, reference: Reference, result: Result, *, is_bit_equal: b
     struck = scene.struck or 0.0
     if scene.detected is not None:
         result.detect_seconds = scene.detected - struck
-    if scene.recovered is not None:
-        result.recover_seconds = scene.recovered - scene.relieved
+    result.recover_seconds = scene.recover_seconds()
     result.steps_lost = scene.steps_lost()
     found = scene.account(reference)
     result.samples = asdict(found)

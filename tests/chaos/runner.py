@@ -13,12 +13,12 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .processes import Launch, Place, Recipe, end_all, ranks, send
 from .samples import Account, account, losses, read_records
+from .state import digest
 
 if TYPE_CHECKING:
     from .hosts import Hosts
@@ -130,13 +130,13 @@ class Scene:
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.detected: float | None = None
-        self.recovered: float | None = None
         self.struck: float | None = None
         self.step_struck = 0
         self._places = dict(places or {"": Place()})
         self._environment = dict(environment or {})
         self._arrivals: list[float] = []
         self.relieved = 0.0
+        self._num_metrics_struck = 0
         self._ranks_struck: set[int] = set()
         self._shows_in_words = False
         self._log_struck = 0
@@ -193,12 +193,12 @@ class Scene:
         self._ranks_struck = set(self.ranks.values())
         self._log_struck = len(self._log_text())
         self.step_struck = self.step
+        self._num_metrics_struck = len(self.metrics)
         self.struck = self.relieved = time.monotonic()
 
     def relieve(self) -> None:
         """Note that the fault is over: getting over it counts from here."""
         self.relieved = time.monotonic()
-        self.recovered = None
 
     def kill(self, *, rank: int | None = None, with_launcher: bool = False) -> None:
         """SIGKILL to one rank or to all of them; with their launcher, until nothing lives."""
@@ -230,7 +230,8 @@ class Scene:
                 if len(self.launches) == 1:
                     self.await_ends()
                 self.poll(is_thorough=True)
-                self.notes.append(f"exit code {code}, started again")
+                if code > 0:
+                    self.notes.append(f"exit code {code}")
                 self.start(name)
                 break
             codes = [launch.exit_code for launch in self.launches.values()]
@@ -285,16 +286,13 @@ class Scene:
             return
         if self.detected is None and self._is_noticed(events):
             self.detected = now
-        is_back = self.recovered is None and self.step > self.step_struck
-        if is_back and added and self._arrivals[-1] > self.relieved:
-            self.recovered = now
 
     def _is_noticed(self, events: list[dict[str, Any]]) -> bool:
         if self.spoken() or any(event["kind"] in _REACTIONS for event in events):
             return True
-        is_over = any(launch.exit_code is not None for launch in self.launches.values())
+        has_failed = any(launch.exit_code not in (None, 0) for launch in self.launches.values())
         is_new = bool(set(self.ranks.values()) - self._ranks_struck)
-        return (is_over or is_new) and not self._shows_in_words
+        return (has_failed or is_new) and not self._shows_in_words
 
     def _log_text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -335,42 +333,28 @@ class Scene:
             reached = by_attempt.get(attempt, start)
         return lost
 
+    def recover_seconds(self) -> float | None:
+        """Return the time to the first new step: of the last start, if there was one since.
+
+        A step is new if no start before has reported it.
+        """
+        if self.struck is None:
+            return None
+        last = self.metrics[-1]["attempt"]
+        before = [record for record in self.metrics if record["attempt"] < last]
+        first = self._num_metrics_struck
+        is_restarted = any(record["attempt"] < last for record in self.metrics[first - 1 :])
+        reached = before[-1]["step"] if is_restarted else 0
+        for record, arrival in zip(self.metrics[first:], self._arrivals[first:], strict=True):
+            is_new = record["attempt"] == last and record["step"] > reached
+            if is_new and arrival > self.relieved:
+                return arrival - self.relieved
+        return None
+
     def account(self, reference: Reference) -> Account:
         metrics = read_records(self.folder / "metrics.jsonl")
         journal = read_records(self.folder / "journal.jsonl")
         return account(metrics, journal, reference.sizes)
-
-
-def digest(checkpoint: Path) -> str:
-    """Return a digest of all tensors of a checkpoint, by name: weights, moments, step counters."""
-    import torch
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
-
-    tree: dict[str, Any] = {}
-    _load_state_dict(
-        tree,
-        storage_reader=FileSystemReader(checkpoint),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
-    hashed, num_tensors = sha256(), 0
-
-    def walk(prefix: str, node: Any) -> None:
-        nonlocal num_tensors
-        if isinstance(node, torch.Tensor):
-            num_tensors += 1
-            hashed.update(f"{prefix} {node.dtype} {tuple(node.shape)}".encode())
-            hashed.update(node.reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(node, dict):
-            for key in sorted(node, key=str):
-                walk(f"{prefix}/{key}", node[key])
-
-    walk("", tree)
-    if num_tensors == 0:
-        raise NotRecoveredError(f"{checkpoint} holds no tensors")
-    return hashed.hexdigest()
 
 
 def make_reference(recipe: Recipe, folder: Path) -> Reference:
