@@ -257,10 +257,10 @@ def test_disk_that_is_full_for_a_while_does_not_end_a_run(
 ) -> None:
     """The whole run folder is on it: metrics, log and the marks of good checkpoints too."""
     disk = tmp_path / "disk"
-    small_disk(disk, "4m")  # room for five checkpoints
+    small_disk(disk, "6m")  # room for seven checkpoints
     folder = disk / "run"
     # The checkpoint of step 15 becomes good, and that of step 20 is due, while the disk is full.
-    arguments = [*TINY, "checkpoint.keep_good=2"]
+    arguments = [*TINY, "checkpoint.keep_good=2", "checkpoint.is_async=false"]
     result = run(arguments, folder, fault=Fault(full_disk=range(18, 32))).expect(0)
     assert "the checkpoint of step 20 could not be written" in result.output
     names = [path.name for path in checkpoints(folder)]
@@ -275,7 +275,7 @@ def test_disk_that_stays_full_keeps_the_older_checkpoints(
     small_disk: Callable[[Path, str], None], tmp_path: Path
 ) -> None:
     disk = tmp_path / "disk"
-    small_disk(disk, "4m")
+    small_disk(disk, "6m")
     result = run(TINY, disk / "run", fault=Fault(full_disk=range(18, 1000)))
     assert "could not be written" in result.output
     (disk / "ballast").unlink()

@@ -275,7 +275,9 @@ def test_wish_on_two_ranks_is_done_once_whichever_rank_is_killed(
     """Asked for while the run lives."""
     folder, samples = tmp_path / "run", tmp_path / "samples"
     fault = Fault(samples=samples, seconds_a_batch=SLOW_SECONDS, kill_at=place, kill_rank=kill_rank)
-    launch = start(TINY, folder, num_ranks=2, fault=fault)
+    # The state that is asked for is to be whole when the rank dies.
+    at_once = [*TINY, "checkpoint.is_async=false"]
+    launch = start(at_once, folder, num_ranks=2, fault=fault)
     wait_for_step(launch, folder, 12, attempt=0)
     ask(folder, "w", kind="rewind", to_step=10, amount="2 batches")
     assert launch.wait()[kill_rank] == -9
